@@ -1,0 +1,34 @@
+"""The peers' modules, imported with no more than they need."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+from harness import peer
+
+
+def torchdiffeq_odeint() -> Any:
+    """`torchdiffeq.odeint`."""
+    peer("torchdiffeq")
+    from torchdiffeq import odeint
+
+    return odeint
+
+
+def torchcfm_modules() -> tuple[Any, Any]:
+    """torchcfm's `UNetModel` and `ConditionalFlowMatcher`.
+
+    torchcfm is installed without its dependencies. Of these only POT (`ot`) is imported on the way to the two classes,
+    for the optimal-transport couplings, which are not compared; where it is missing an empty module stands in.
+    (torchdyn and torchvision are asked for by other modules of torchcfm and by its examples only.)
+    """
+    peer("torchcfm")
+    if "ot" not in sys.modules and importlib.util.find_spec("ot") is None:
+        sys.modules["ot"] = ModuleType("ot")
+    from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
+    from torchcfm.models.unet import UNetModel
+
+    return UNetModel, ConditionalFlowMatcher

@@ -1,0 +1,111 @@
+"""`pantarhei info` and `pantarhei list`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from pantarhei.data import TOYS
+from pantarhei.data.shards import HEADER, ShardStore
+from pantarhei.flow.couplings import COUPLINGS
+from pantarhei.flow.grids import WARPS
+from pantarhei.flow.paths import PATHS
+from pantarhei.flow.predictions import PREDICTIONS
+from pantarhei.flow.pretrained import SPEC
+from pantarhei.flow.times import TIME_LAWS
+from pantarhei.images import AUGMENTATIONS
+from pantarhei.interop import load
+from pantarhei.networks import CONFIGS
+from pantarhei.report import Table
+from pantarhei.solve import METHODS
+from pantarhei.straighten import inspect_pairs
+from pantarhei.training import Run, checkpoints
+
+
+def info(path: tyro.conf.Positional[Path]) -> int:
+    """Describe a run folder, a saved flow or a pair store.
+
+    Args:
+        path: the folder.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    if (path / HEADER).is_file():
+        rows = _store(path)
+    elif (path / SPEC).is_file():
+        rows = _flow(path)
+    else:
+        rows = _run(path)
+    _print(Table(("", str(path)), rows))
+    return 0
+
+
+def list_names() -> int:
+    """Print the systems and every name that options take."""
+    rows: list[tuple[str, str]] = [
+        ("recipes (train)", "rectified-flow"),
+        ("straighten", "reflow"),
+        ("data", f"digits, a folder or zip of images, CIFAR-10 files, parquet, hf:NAME, {', '.join(TOYS)}"),
+        ("augmentations", ", ".join(AUGMENTATIONS)),
+        ("networks", ", ".join(CONFIGS)),
+        ("paths", ", ".join(PATHS)),
+        ("predictions", ", ".join(PREDICTIONS)),
+        ("time laws", ", ".join(TIME_LAWS)),
+        ("couplings", ", ".join(COUPLINGS)),
+        ("methods", ", ".join(METHODS)),
+        ("grids", ", ".join([*WARPS, "logsnr", "karras"])),
+    ]
+    _print(Table(("kind", "names"), rows))
+    return 0
+
+
+def _run(path: Path) -> list[tuple[str, Any]]:
+    run = Run.open(path)
+    newest = checkpoints.newest(run.checkpoints)
+    metrics = [line for line in run.metrics() if "loss" in line]
+    rows: list[tuple[str, Any]] = [
+        ("kind", f"run of {run.config.get('system', 'a task')}"),
+        ("data", run.config["data"].get("name", "")),
+        ("checkpoint", "none yet" if newest is None else int(newest.name)),
+        ("iterations asked", run.config["loop"]["iterations"]),
+    ]
+    if metrics:
+        rows += [("last loss", metrics[-1]["loss"]), ("training time", f"{metrics[-1]['seconds']:.0f} s")]
+    return rows + (_flow(path) if newest is not None and "flow" in run.config.get("task", {}) else [])
+
+
+def _flow(path: Path) -> list[tuple[str, Any]]:
+    flow = load(path)
+    provenance = flow.provenance
+    return [
+        ("network", f"{type(flow.network).__name__}, {sum(p.numel() for p in flow.network.parameters()):,} parameters"),
+        ("path, prediction", f"{flow.path.spec()['name']}, {flow.prediction.spec()['name']}"),
+        ("sample shape", "x".join(map(str, flow.shape or ())) or "not known"),
+        ("conditions", ", ".join(flow.conditions) or "none"),
+        ("coupling", f"{provenance.coupling}, rectified {provenance.rectified}x"),
+        ("teacher", provenance.teacher or "none"),
+        ("score, SDE, likelihood", provenance.why_not_marginal() or "available"),
+    ]
+
+
+def _store(path: Path) -> list[tuple[str, Any]]:
+    store = ShardStore(path)
+    missing = store.missing()
+    rows: list[tuple[str, Any]] = [(key, str(value)) for key, value in store.header.items() if key != "flow"]
+    rows.append(("missing shards", f"{len(missing)} of {store.shards}"))
+    if not missing and store.header.get("kind") == "pairs":
+        found = inspect_pairs(store)
+        rows += [
+            ("x0 mean, deviation", f"{found.source_mean:.3f}, {found.source_std:.3f}"),
+            ("x1 mean, deviation", f"{found.data_mean:.3f}, {found.data_std:.3f}"),
+            ("warnings", "; ".join(found.warnings) or "none"),
+        ]
+    return rows
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table.rich())

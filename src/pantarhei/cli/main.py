@@ -1,0 +1,102 @@
+"""The command `pantarhei`: verbs, their help, and errors as short messages."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pantarhei import __version__
+from pantarhei.naming import unknown
+
+# verb -> {kind or "": (module, function, one line)}; modules are imported when they are used.
+VERBS: dict[str, dict[str, tuple[str, str, str]]] = {
+    "quickstart": {"": ("quickstart", "quickstart", "train on digits, straighten, and look at a page (a few minutes)")},
+    "train": {"rectified-flow": ("train", "train_rectified_flow", "train a rectified flow on images or points")},
+    "straighten": {
+        "reflow": ("straighten", "straighten_reflow", "train a flow on its own pairs so that few steps suffice")
+    },
+    "sample": {"": ("sample", "sample", "draw samples from a run")},
+    "evaluate": {"": ("evaluate", "evaluate", "score a run's samples against its data, for several numbers of steps")},
+    "info": {"": ("info", "info", "what a run, a saved flow or a pair store is")},
+    "list": {"": ("info", "list_names", "systems, recipes, methods, paths and other names")},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status: 0, 2 for the user's mistakes, 1 for the machine's faults."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(arguments)
+    except (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError, ImportError) as error:
+        return _fail(error, 2)
+    except (OSError, MemoryError, FloatingPointError, RuntimeError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] in ("--version", "version"):
+        print(f"pantarhei {__version__}")
+        return 0
+    verb = arguments.pop(0)
+    if verb not in VERBS:
+        raise ValueError(unknown("command", verb, VERBS))
+    kinds, kind = VERBS[verb], ""
+    if "" not in kinds:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(_kinds(verb))
+            return 0 if arguments else 2
+        kind = arguments.pop(0)
+        if kind not in kinds:
+            raise ValueError(unknown(f"{verb}: recipe", kind, kinds))
+    module, function, summary = kinds[kind]
+    command = getattr(importlib.import_module(f"pantarhei.cli.{module}"), function)
+    import tyro
+
+    try:
+        settings = (tyro.conf.OmitArgPrefixes,)
+        prog = f"pantarhei {verb} {kind}".strip()
+        result: Any = tyro.cli(command, args=arguments, prog=prog, description=summary, config=settings)
+    except SystemExit as stop:  # tyro has printed its help or what it did not understand
+        return int(stop.code or 0)
+    return int(result or 0)
+
+
+def _overview() -> str:
+    width = max(len(verb) for verb in VERBS)
+    lines = [f"pantarhei {__version__}: learn, straighten, sample and read flows", "", "commands:"]
+    for verb, kinds in VERBS.items():
+        text = kinds[""][2] if "" in kinds else f"{', '.join(kinds)}: {next(iter(kinds.values()))[2]}"
+        lines.append(f"  {verb:<{width}}  {text}")
+    return "\n".join([*lines, "", "`pantarhei COMMAND --help` shows the options of a command."])
+
+
+def _kinds(verb: str) -> str:
+    lines = [f"pantarhei {verb} RECIPE ...", ""]
+    return "\n".join([*lines, *(f"  {name}: {text}" for name, (_, _, text) in VERBS[verb].items())])
+
+
+def _fail(error: BaseException, status: int) -> int:
+    if os.environ.get("PANTARHEI_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+    print(f"pantarhei: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    entry()

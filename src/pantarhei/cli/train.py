@@ -1,0 +1,131 @@
+"""`pantarhei train RECIPE`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pantarhei.recipes.cards import write_card
+from pantarhei.recipes.rectified_flow import RectifiedFlowConfig, build_task
+from pantarhei.training import TrainResult, train
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where it runs.
+
+    Attributes:
+        devices: processes (GPUs, or CPU processes) a node.
+        nodes: number of nodes.
+        strategy: auto (one process, or ddp for several), ddp, or fsdp (sharded).
+        accelerator: auto takes a GPU where there is one.
+        precision: fp32 or bf16.
+        compile: torch.compile the network.
+        channels_last: memory layout of images.
+        accumulate: micro-batches a batch.
+        workers: processes that fetch data.
+        threads: CPU threads.
+    """
+
+    devices: int = 1
+    nodes: int = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = False
+    accumulate: int = 1
+    workers: int = 0
+    threads: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As options of `train`."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What is kept on the way.
+
+    Attributes:
+        checkpoint_every: iterations between checkpoints.
+        keep: how many of the last checkpoints stay, beside the best.
+        log_every: iterations between logged lines.
+        preview_every: iterations between sample pictures; 0 for none.
+        tensorboard: write TensorBoard events.
+        wandb: log to Weights & Biases.
+    """
+
+    checkpoint_every: int = 500
+    keep: int = 2
+    log_every: int = 50
+    preview_every: int = 500
+    tensorboard: bool = True
+    wandb: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """As options of `train`."""
+        return dict(vars(self))
+
+
+def train_rectified_flow(
+    out: Path,
+    recipe: RectifiedFlowConfig = RectifiedFlowConfig(),
+    iterations: int = 2000,
+    batch: int = 128,
+    seed: int = 0,
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    machines: Machines = Machines(),
+    keeping: Keeping = Keeping(),
+) -> int:
+    """Train a rectified flow.
+
+    Args:
+        out: run folder.
+        recipe: data, network, path and optimiser.
+        iterations: batches to train on.
+        batch: global batch size.
+        seed: of weights, data order and noise.
+        resume: go on with the run in `out`.
+        machines: where it runs.
+        keeping: what is kept on the way.
+    """
+    check_new(out, resume)
+    task, augment = build_task(recipe, seed)
+    result = train(
+        task,
+        out,
+        resume=resume,
+        config={"system": "rectified-flow", "recipe": recipe.spec()},
+        augment=augment,
+        iterations=iterations,
+        batch=batch,
+        seed=seed,
+        **machines.options(),
+        **keeping.options(),
+    )
+    return report_end(result)
+
+
+def check_new(out: Path, resume: bool) -> None:
+    """Refuse early, before data are read, what `Run.create` would refuse later."""
+    if not resume and any((out / "checkpoints").glob("[0-9]*")):
+        raise ValueError(f"--out: {out} already holds a run; go on with --resume, or choose another folder")
+
+
+def report_end(result: TrainResult) -> int:
+    """Write the model card and say where things are."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        return 0
+    write_card(result.run, result)
+    if result.reason == "interrupted":
+        print(f"interrupted at iteration {result.iteration}; saved. Go on with the same command and --resume")
+        return 130
+    print(f"trained {result.iteration} iterations in {result.seconds:.0f} s: {result.run.folder}")
+    print(f"next: pantarhei sample {result.run.folder} --count 64 --out samples")
+    return 0

@@ -1,0 +1,470 @@
+"""`Flow`: a network together with what is needed to use it - path, prediction, source, conditions, provenance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pantarhei.flow import paths, pretrained
+from pantarhei.flow.conditions import Condition, Null, as_condition
+from pantarhei.flow.grids import Grid, GridName, make_grid
+from pantarhei.flow.likelihood import Divergence, Likelihood, log_likelihood
+from pantarhei.flow.paths import AffinePath, build_path
+from pantarhei.flow.predictions import Ends, Prediction, PredictionName, as_rows, build_prediction, check_times
+from pantarhei.flow.sources import SourceLaw, build_source
+from pantarhei.flow.transforms import FieldTransform, Guidance, TransformedField
+from pantarhei.solve import Solution, ode
+from pantarhei.solve.methods import MethodName, as_step
+from pantarhei.solve.ode import Hook
+from pantarhei.solve.steps import Step
+
+ConditionLike = Condition | Mapping[str, Tensor] | Tensor | None
+# Below this noise level a state counts as clean: no denoising step is added at the end.
+CLEAN = 5e-4
+
+
+class Codec(Protocol):
+    """A latent codec: the flow lives on `encode(data)`."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Data to latents."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents to data."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a flow comes from, as far as it decides what may be asked of it.
+
+    Attributes:
+        coupling: how x0 and x1 were paired in training.
+        rectified: how many times the coupling was replaced by the flow's own (reflow rounds).
+        data: what it was trained on.
+        teacher: what made its pairs, where it has any.
+        notes: anything else worth keeping (guidance in the pairs, licence of the teacher).
+    """
+
+    coupling: str = "independent"
+    rectified: int = 0
+    data: str = ""
+    teacher: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def why_not_marginal(self) -> str | None:
+        """Why x0 given x_t is not the denoising noise of the data, or None where it is."""
+        if self.rectified:
+            return f"this flow was rectified {self.rectified}x: its noise and data are no longer independent"
+        if self.coupling != "independent":
+            return f"this flow was trained with the coupling {self.coupling!r}: its noise and data are not independent"
+        return None
+
+
+class Flow(nn.Module):
+    """A generative flow (or a flow between two data sets) around a network.
+
+    Args:
+        network: any module `network(x, t, **conditions)`; x (B, *shape), t (B,), output like x.
+        path: the path it was or will be trained on.
+        predicts: what its output means: "velocity", "data", "noise", "score", "edm" or a `Prediction`.
+        source: law of x0; None is the standard normal, a tensor of samples is a data set.
+        shape: shape of one sample in the flow's space (needed to sample without x0).
+        null: for each condition, the value that means "no condition" (enables guidance and dropout).
+        conditions: names of conditions without a null value.
+        codec: optional latent codec.
+        provenance: where it comes from.
+
+    Times run from 0 (source) to 1 (data) and are handed to the network as they are.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        path: AffinePath | paths.Path | str | dict[str, Any] = "linear",
+        predicts: PredictionName | Prediction | dict[str, Any] = "velocity",
+        source: SourceLaw | Tensor | dict[str, Any] | None = None,
+        shape: Sequence[int] | None = None,
+        null: Mapping[str, Null] | None = None,
+        conditions: Sequence[str] = (),
+        codec: Codec | None = None,
+        provenance: Provenance | None = None,
+    ):
+        super().__init__()
+        if not callable(network):
+            raise TypeError(f"network: a module network(x, t, **conditions) is needed, got {type(network).__name__}")
+        self.network = network
+        self.path: Any = build_path(path) if isinstance(path, (str, dict)) else path
+        self.prediction = build_prediction(predicts)
+        self.source: Any = build_source(source)
+        self.shape = tuple(shape) if shape is not None else None
+        self.null = dict(null or {})
+        self.conditions = tuple(dict.fromkeys((*self.null, *conditions)))
+        self.codec = codec
+        self.provenance = provenance or Provenance()
+        if not isinstance(self.path, AffinePath) and self.prediction.spec()["name"] != "velocity":
+            raise ValueError("predicts: on a path that is not affine without latent noise only 'velocity' is defined")
+        # Found once, as floats: a compiled sampler must not wait for tensors.
+        self._interval, self._first_sigma, self._last_sigma = (0.0, 1.0), 1.0, 0.0
+        if isinstance(self.path, AffinePath):
+            self._interval = self.prediction.interval(self.path)
+            ends = torch.tensor(self._interval, dtype=torch.float64)
+            self._first_sigma, self._last_sigma = self.path.sigma(ends).tolist()
+
+    # What the flow knows of itself
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The closed interval of t on which the network determines the velocity."""
+        return self._interval
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network's first tensor."""
+        return next((p.device for p in _tensors(self.network)), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the network's first tensor."""
+        return next((p.dtype for p in _tensors(self.network) if p.is_floating_point()), torch.float32)
+
+    def spec(self) -> dict[str, Any]:
+        """Everything but the network and the codec, as data (JSON/YAML)."""
+        return {
+            "path": self.path.spec() if isinstance(self.path, AffinePath) else {"name": "custom"},
+            "predicts": self.prediction.spec(),
+            "source": self.source.spec(),
+            "shape": list(self.shape) if self.shape is not None else None,
+            "null": {k: v.tolist() if isinstance(v, Tensor) else v for k, v in self.null.items()},
+            "conditions": list(self.conditions),
+            "provenance": asdict(self.provenance),
+        }
+
+    @staticmethod
+    def from_spec(spec: Mapping[str, Any], network: nn.Module, **overrides: Any) -> Flow:
+        """The flow of a `spec()` around a network; `overrides` give what a spec cannot hold (source, path, codec)."""
+        null = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in spec.get("null", {}).items()}
+        settings: dict[str, Any] = {k: v for k, v in spec.items() if k not in ("null", "provenance")}
+        settings.update(null=null, provenance=Provenance(**spec.get("provenance", {})))
+        return Flow(network, **{**settings, **overrides})
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write this flow into a folder (`flow.json`, `model.safetensors`)."""
+        return pretrained.save_pretrained(self, folder)
+
+    @staticmethod
+    def from_pretrained(folder: str | Path, network: nn.Module | None = None, **overrides: Any) -> Flow:
+        """Read a flow that `save_pretrained` wrote; a network that is not one of ours must be given."""
+        return pretrained.from_pretrained(folder, network, **overrides)
+
+    def like(self, network: nn.Module, **provenance: Any) -> Flow:
+        """The same flow around another network, with changes to its provenance."""
+        changed = replace(self.provenance, **provenance)
+        return Flow(
+            network,
+            path=self.path,
+            predicts=self.prediction,
+            source=self.source,
+            shape=self.shape,
+            null=self.null,
+            conditions=self.conditions,
+            codec=self.codec,
+            provenance=changed,
+        )
+
+    def condition_in(self, batch: Mapping[str, Tensor]) -> Condition | None:
+        """The conditions this flow takes, from a batch.
+
+        Raises:
+            ValueError: if the batch lacks one.
+        """
+        if not self.conditions:
+            return None
+        missing = [name for name in self.conditions if name not in batch]
+        if missing:
+            raise ValueError(f"batch: this flow is conditioned on {', '.join(missing)}, the data have {sorted(batch)}")
+        return Condition({name: batch[name] for name in self.conditions}, self.null)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Data to the flow's space (the codec's latents, or x itself); no gradient."""
+        if self.codec is None:
+            return x
+        with torch.no_grad():
+            return self.codec.encode(x)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """The flow's space to data."""
+        return x if self.codec is None else self.codec.decode(x)
+
+    # Fields
+
+    def output(self, x: Tensor, t: Tensor, condition: ConditionLike = None) -> Tensor:
+        """The network's raw output at (x, t)."""
+        named = as_condition(condition, self.null, x.shape[0])
+        seen, label = self.prediction.inputs(self.path, x, t)
+        label = as_rows(label, x)
+        return self.network(seen, label) if named is None else self.network(seen, label, **named)
+
+    def velocity(self, x: Tensor, t: Tensor, condition: ConditionLike = None) -> Tensor:
+        """dx/dt at (x, t): the field that sampling integrates. t is 0-d or (B,)."""
+        return self.prediction.velocity(self.path, x, t, self.output(x, t, condition))
+
+    def ends(self, x: Tensor, t: Tensor, condition: ConditionLike = None) -> Ends:
+        """E[x1 | x_t] and E[x0 | x_t] as the network has them.
+
+        Raises:
+            ValueError: for a t outside the prediction's valid interval.
+        """
+        check_times(self.interval, t, self.prediction.spec()["name"])
+        return self.prediction.ends(self.path, x, t, self.output(x, t, condition))
+
+    def denoise(self, x: Tensor, t: Tensor, condition: ConditionLike = None) -> Tensor:
+        """E[x1 | x_t]."""
+        return self.ends(x, t, condition).data
+
+    def noise(self, x: Tensor, t: Tensor, condition: ConditionLike = None) -> Tensor:
+        """E[x0 | x_t]."""
+        return self.ends(x, t, condition).noise
+
+    def score(self, x: Tensor, t: Tensor, condition: ConditionLike = None) -> Tensor:
+        """grad log p_t(x) = -E[x0 | x_t] / sigma.
+
+        Raises:
+            ValueError: where the source is not Gaussian or noise and data are not independent (after reflow, say), with
+                the reason; and where sigma(t) is 0.
+        """
+        self._require_marginals("the score")
+        sigma = self.path.at(t, x).sigma
+        if bool((sigma <= 0).any()):
+            raise ValueError("t: the score is unbounded where sigma(t) = 0; take t below 1")
+        return -self.noise(x, t, condition) / sigma
+
+    def field(self, guidance: float | Guidance = 1.0, transforms: Sequence[FieldTransform] = ()) -> TransformedField:
+        """The sampled field `f(x, t, condition)`: the velocity under guidance, then under `transforms`, in order."""
+        strength = Guidance(guidance) if isinstance(guidance, (int, float)) else guidance
+        inner: tuple[FieldTransform, ...] = () if strength.scale == 1.0 else (strength,)
+        return TransformedField(self.velocity, (*inner, *transforms))
+
+    # Use
+
+    def transport(
+        self,
+        x: Tensor,
+        times: Sequence[float],
+        *,
+        steps: int | Grid | None = 50,
+        method: MethodName | Step = "euler",
+        grid: GridName | Callable[[float], float] = "uniform",
+        shift: float = 1.0,
+        condition: ConditionLike = None,
+        guidance: float | Guidance = 1.0,
+        transforms: Sequence[FieldTransform] = (),
+        before_step: Hook | None = None,
+        after_step: Hook | None = None,
+        observe: Callable[[Any, float, int], None] | None = None,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        control: Literal["joint", "per_sample"] = "joint",
+    ) -> Solution:
+        """Carry states of the flow's space through `times`, either way; gradients flow through it.
+
+        Args:
+            x: states at `times[0]`, (B, *shape).
+            times: two or more monotone times inside `interval`.
+            steps: number of steps between the first and the last time, a whole grid, or None for error control (with a
+                method that has an error estimate).
+            method: as in `solve.ode`.
+            grid, shift: spacing of the steps, see `make_grid`.
+            condition, guidance, transforms: what changes the field.
+            before_step, after_step, observe: hooks, see `solve.ode`.
+            rtol, atol, control: error control.
+        """
+        times = tuple(float(t) for t in times)
+        low, high = self.interval
+        if min(times) < low - 1e-6 or max(times) > high + 1e-6:
+            raise ValueError(f"times: must lie in this flow's interval [{low:g}, {high:g}], got {times}")
+        named = as_condition(condition, self.null, x.shape[0])
+        named = None if named is None else named.to(x.device)
+        field = self.field(guidance, transforms)
+        nodes: Any = steps
+        if isinstance(steps, int):
+            ends = (min(times[0], times[-1]), max(times[0], times[-1]))
+            path = self.path if isinstance(self.path, AffinePath) else None
+            nodes = make_grid(steps, ends, kind=grid, shift=shift, path=path)
+            nodes = nodes if times[-1] > times[0] else nodes[::-1]
+        elif steps is None and not as_step(method).adaptive:
+            raise ValueError(f"steps: {as_step(method).name} has no error control; give a number of steps")
+        if nodes is not None and (transforms or before_step is not None):
+            before_step = field.number_steps(before_step)
+        return ode(
+            field,
+            x,
+            times,
+            method=method,
+            steps=nodes,
+            rtol=rtol,
+            atol=atol,
+            control=control,
+            condition=named,
+            before_step=before_step,
+            after_step=after_step,
+            observe=observe,
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        count: int | None = None,
+        *,
+        x0: Tensor | None = None,
+        condition: ConditionLike = None,
+        generator: torch.Generator | None = None,
+        final: Literal["auto", "denoise", "state"] = "auto",
+        decode: bool = True,
+        **options: Any,
+    ) -> Tensor:
+        """Draw samples: x0 from the source, carried to the data end.
+
+        Args:
+            count: how many (not needed with `x0`).
+            x0: unit source draws to start from, (B, *shape).
+            condition: labels or other conditions, one row a sample (or one row for all).
+            generator: draws x0, on the flow's device.
+            final: "denoise" ends with one more evaluation, E[x1 | x]; "state" does not; "auto" does so where noise is
+                left at the end of the interval (VE, EDM, VP; a data prediction).
+            decode: pass the result through the codec.
+            options: `steps=50`, `method="euler"`, `grid`, `shift`, `guidance`, hooks: see `transport`.
+
+        Returns:
+            (B, *shape), or the codec's output shape.
+        """
+        low, high = self.interval
+        if x0 is None:
+            x0 = self.draw(count, condition, generator)
+        elif count is not None and count != x0.shape[0]:
+            raise ValueError(f"count: {count} samples asked, but x0 has {x0.shape[0]} rows")
+        x = self._first_sigma * x0
+        with evaluation_mode(self.network):
+            x = self.transport(x, (low, high), condition=condition, **options).x
+            if final == "denoise" or (final == "auto" and self._last_sigma > CLEAN):
+                t = x.new_full((), high, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+                named = as_condition(condition, self.null, x.shape[0])
+                guided = self.field(options.get("guidance", 1.0), options.get("transforms", ()))
+                velocity = guided(x, t, None if named is None else named.to(x.device))
+                x = build_prediction("velocity").ends(self.path, x, t, velocity).data
+        return self.decode(x) if decode else x
+
+    @torch.no_grad()
+    def invert(self, x: Tensor, *, condition: ConditionLike = None, encode: bool = True, **options: Any) -> Tensor:
+        """The unit source draw x0 that flows to x: the same field run from the data end to the source end.
+
+        Args:
+            x: data (B, ...); latents where `encode` is False.
+            condition: as in `sample`.
+            encode: pass x through the codec first.
+            options: see `transport`.
+        """
+        low, high = self.interval
+        with evaluation_mode(self.network):
+            start = self.encode(x) if encode else x
+            end = self.transport(start, (high, low), condition=condition, **options).x
+        return end / self._first_sigma
+
+    def log_prob(
+        self,
+        x: Tensor,
+        *,
+        condition: ConditionLike = None,
+        divergence: Divergence = "exact",
+        probes: int = 8,
+        generator: torch.Generator | None = None,
+        of: Literal["data", "samples"] = "data",
+        details: bool = False,
+        **options: Any,
+    ) -> Any:
+        """log p(x) in nats, (B,), by the change of variables along the flow.
+
+        Args:
+            x: data (B, *shape), in the flow's space.
+            condition: as in `sample`.
+            divergence, probes, generator: see `log_likelihood`.
+            of: after reflow the value is the density of the flow's own samples, no longer an estimate of the data's;
+                it must then be asked for with "samples".
+            details: return a `Likelihood` (value, standard error, encoded start, evaluations).
+            options: `method`, `steps`, `rtol`, `atol`.
+
+        Raises:
+            ValueError: where the source has no density, or (with of="data") the flow was rectified.
+        """
+        reason = self.provenance.why_not_marginal() if self.provenance.rectified else None
+        if of == "data" and reason:
+            raise ValueError(f"log_prob: {reason}; of='samples' gives the density of its own samples")
+        if not hasattr(self.source, "log_prob"):
+            raise ValueError("log_prob: the source of this flow is a set of samples without a density")
+        named = as_condition(condition, self.null, x.shape[0])
+        low, high = self.interval
+        unit, density = self._first_sigma, self.source.log_prob
+        size = x[0].numel()
+
+        def source_log_prob(start: Tensor) -> Tensor:
+            return density(start / unit) - size * math.log(unit)
+
+        with evaluation_mode(self.network):
+            result: Likelihood = log_likelihood(
+                lambda y, t: self.velocity(y, t, named),
+                x,
+                (low, high),
+                source_log_prob,
+                divergence=divergence,
+                probes=probes,
+                generator=generator,
+                **options,
+            )
+        return result if details else result.value
+
+    def draw(
+        self, count: int | None, condition: ConditionLike = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Unit source draws (count, *shape).
+
+        Raises:
+            ValueError: without a shape, or for count < 1.
+        """
+        if self.shape is None:
+            raise ValueError("shape: this flow does not know the shape of a sample; give Flow(..., shape=...) or x0=")
+        if count is None or count < 1:
+            raise ValueError(f"count: at least one sample is needed, got {count}")
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return self.source.draw((count, *self.shape), like, as_condition(condition, self.null, count), generator)
+
+    def _require_marginals(self, what: str) -> None:
+        reason = self.provenance.why_not_marginal()
+        if reason:
+            raise ValueError(f"{what} of this flow is not known: {reason}")
+        if not getattr(self.source, "gaussian", False):
+            raise ValueError(f"{what} of this flow is not known: its source is not Gaussian")
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Dropout off while a network is used, and back as it was."""
+    training = isinstance(network, nn.Module) and network.training
+    if training:
+        network.eval()
+    try:
+        yield
+    finally:
+        if training:
+            network.train()
+
+
+def _tensors(network: nn.Module) -> Iterator[Tensor]:
+    yield from network.parameters()
+    yield from network.buffers()

@@ -1,0 +1,83 @@
+"""Sampling grids: where the steps of a fixed-step sampler are, as floats rising from the source end to the data end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Literal
+
+import torch
+
+from pantarhei.flow.paths import AffinePath
+from pantarhei.flow.times import shift_time
+
+GridName = Literal["uniform", "quadratic", "cosine", "logsnr", "karras"]
+Grid = tuple[float, ...]
+# Plain functions of floats, so that a compiled sampler sees constants.
+WARPS: dict[str, Callable[[float], float]] = {
+    "uniform": lambda u: u,
+    "quadratic": lambda u: u * u,
+    "cosine": lambda u: (1 - math.cos(math.pi * u)) / 2,
+}
+
+
+def make_grid(
+    steps: int,
+    interval: tuple[float, float] = (0.0, 1.0),
+    *,
+    kind: GridName | Callable[[float], float] = "uniform",
+    shift: float = 1.0,
+    path: AffinePath | None = None,
+    rho: float = 7.0,
+) -> Grid:
+    """Times t_0 < ... < t_steps over `interval`, its ends included.
+
+    Args:
+        steps: number of steps, at least 1.
+        interval: first and last time, inside [0, 1].
+        kind: "uniform"; "quadratic" (denser at the source: u^2); "cosine" (denser at both ends); "logsnr" (equal steps
+            of log(alpha/sigma)) and "karras" (equal steps of (sigma/alpha)^(1/rho)), which need a path; or any rising
+            function of u in [0, 1] onto [0, 1].
+        shift: SD3's resolution shift, t -> t / (shift - (shift - 1) t), applied once, to i/steps; > 1 spends more steps
+            near the noise.
+        path: the path, for the kinds that need one.
+        rho: exponent of "karras".
+
+    Raises:
+        ValueError: for steps < 1, an unknown kind, a non-positive shift or a grid that does not rise.
+    """
+    if steps < 1:
+        raise ValueError(f"steps: must be at least 1, got {steps}")
+    if not shift > 0:
+        raise ValueError(f"shift: must be positive, got {shift}")
+    low, high = interval
+    if callable(kind) or kind in WARPS:
+        warp = kind if callable(kind) else WARPS[kind]
+        times = [low + (high - low) * float(warp(i / steps)) for i in range(steps + 1)]
+    elif kind in ("logsnr", "karras"):
+        times = _by_noise_level(steps, interval, kind, path, rho)
+    else:
+        raise ValueError(f"grid: must be {', '.join(WARPS)}, logsnr, karras or a function, got {kind!r}")
+    if shift != 1.0:
+        times = [min(max(shift_time(t, shift), low), high) for t in times]
+    grid = (low, *times[1:-1], high)
+    if any(b <= a for a, b in pairwise(grid)):
+        raise ValueError("grid: times must rise strictly")
+    return grid
+
+
+def _by_noise_level(
+    steps: int, interval: tuple[float, float], kind: str, path: AffinePath | None, rho: float
+) -> list[float]:
+    if path is None:
+        raise ValueError(f"grid: kind={kind!r} needs a path")
+    u = torch.arange(steps + 1, dtype=torch.float64) / steps
+    # Keep away from the ends at which the noise level is infinite or zero.
+    ends = torch.tensor([max(interval[0], 1e-3), min(interval[1], 1 - 1e-3)], dtype=torch.float64)
+    first, last = path.sigma(ends) / path.alpha(ends)
+    if kind == "logsnr":
+        level = torch.exp(torch.log(first) + u * (torch.log(last) - torch.log(first)))
+    else:
+        level = (first ** (1 / rho) + u * (last ** (1 / rho) - first ** (1 / rho))) ** rho
+    return path.time_at(1 / level).tolist()

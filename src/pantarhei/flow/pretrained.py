@@ -1,0 +1,92 @@
+"""A flow as a folder: `flow.json` (what it is) and `model.safetensors` (its weights)."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pantarhei import networks
+from pantarhei.files import read_json, read_tensors, write_json, write_tensors
+
+if TYPE_CHECKING:
+    from pantarhei.flow.flow import Flow
+
+SPEC, WEIGHTS = "flow.json", "model.safetensors"
+
+
+def save_pretrained(flow: Flow, folder: str | Path) -> Path:
+    """Write a flow into a folder.
+
+    Raises:
+        OSError: the disk is full; files that were there are whole.
+    """
+    folder = Path(folder)
+    write_tensors(folder / WEIGHTS, flow.network.state_dict())
+    spec = {"version": 1, "flow": flow.spec(), "network": networks.spec_of(flow.network) or {"name": "custom"}}
+    write_json(folder / SPEC, spec)
+    return folder
+
+
+def from_pretrained(folder: str | Path, network: nn.Module | None = None, **overrides: Any) -> Flow:
+    """Read a flow that `save_pretrained` wrote.
+
+    Args:
+        folder: the folder.
+        network: needed where the network is not one of ours; the weights are loaded into it.
+        overrides: what a spec cannot hold (source, path, codec).
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        ValueError: the weights do not fit.
+    """
+    from pantarhei.flow.flow import Flow
+
+    folder = Path(folder)
+    saved = read_json(folder / SPEC)
+    network = build_network(saved["network"], network, str(folder))
+    load_weights(network, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+    return Flow.from_spec(saved["flow"], network, **overrides)
+
+
+def build_network(spec: dict[str, Any], network: nn.Module | None, where: str) -> nn.Module:
+    """The given network, or the one that the spec names.
+
+    Raises:
+        ValueError: the saved network is not one of ours and none is given.
+    """
+    if network is not None:
+        return network
+    if spec["name"] == "custom":
+        raise ValueError(f"{where} holds a network that is not one of pantarhei's; pass network=YourModule()")
+    return networks.build(spec)
+
+
+def load_weights(network: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Load a state dict, naming the first key that does not fit.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    own = network.state_dict()
+    for name in [*own, *tensors]:
+        if name not in tensors or name not in own:
+            raise ValueError(f"{where}: {name} is {'missing' if name not in tensors else 'not part of the network'}")
+        if own[name].shape != tensors[name].shape:
+            raise ValueError(
+                f"{where}: {name} has shape {tuple(tensors[name].shape)}, the network {tuple(own[name].shape)}"
+            )
+    network.load_state_dict(tensors)
+
+
+@torch.no_grad()
+def fingerprint(network: nn.Module) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a network's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().tobytes())
+    return digest.hexdigest()[:16]

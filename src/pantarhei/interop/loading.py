@@ -1,0 +1,78 @@
+"""`load`: a flow from a run folder or a folder written by `save_pretrained`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from pantarhei.files import read_json, read_tensors
+from pantarhei.flow import Flow
+from pantarhei.flow.pretrained import SPEC, build_network, from_pretrained, load_weights
+from pantarhei.training import checkpoints
+from pantarhei.training.runs import CONFIG, Run
+
+
+def load(
+    where: str | Path,
+    *,
+    network: nn.Module | None = None,
+    checkpoint: Literal["newest", "best"] | int = "newest",
+    averaged: bool = True,
+    **overrides: Any,
+) -> Flow:
+    """Open a flow.
+
+    Args:
+        where: a run folder, or a folder written by `Flow.save_pretrained`.
+        network: needed where the network is not one of ours; the weights are loaded into it.
+        checkpoint: of a run: the newest, the best by validation, or an iteration.
+        averaged: of a run: take the moving average where there is one.
+        overrides: what a saved flow cannot hold (source, path, codec).
+
+    Raises:
+        FileNotFoundError: there is nothing to load, or no such checkpoint.
+        ValueError: a file is damaged, or the weights do not fit.
+    """
+    folder = Path(where)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if (folder / SPEC).is_file():
+        return from_pretrained(folder, network, **overrides)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} is neither a run folder (no {CONFIG}) nor a saved flow (no {SPEC})")
+    run = Run.open(folder)
+    task = run.config.get("task", {})
+    if "flow" not in task:
+        raise ValueError(f"{folder} is not the run of a flow")
+    chosen = find_checkpoint(run, checkpoint)
+    tensors = read_tensors(chosen / checkpoints.MODEL)
+    prefix = (
+        "average.network." if averaged and any(k.startswith("average.network.") for k in tensors) else "flow.network."
+    )
+    network = build_network(task["network"], network, str(folder))
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    load_weights(network, own, str(chosen / checkpoints.MODEL))
+    return Flow.from_spec(task["flow"], network.eval(), **overrides)
+
+
+def find_checkpoint(run: Run, which: Literal["newest", "best"] | int) -> Path:
+    """Folder of a run's checkpoint.
+
+    Raises:
+        FileNotFoundError: the run has no checkpoint yet, or not this one.
+    """
+    newest = checkpoints.newest(run.checkpoints)
+    if newest is None:
+        raise FileNotFoundError(f"{run.folder} has no checkpoint yet")
+    if which == "newest":
+        return newest
+    if which == "best":
+        best = read_json(newest / checkpoints.STATE)["best"]
+        return newest if best is None else run.checkpoints / f"{best[0]:08d}"
+    path = run.checkpoints / f"{which:08d}"
+    if not path.is_dir():
+        there = ", ".join(str(int(p.name)) for p in sorted(run.checkpoints.glob("[0-9]*")))
+        raise FileNotFoundError(f"{run.folder} has no checkpoint {which}; there are {there}")
+    return path

@@ -1,0 +1,175 @@
+"""A compact U-Net for small images, made to be quick on a CPU as well.
+
+Residual blocks with GroupNorm and time-dependent scale and shift (Dhariwal & Nichol 2105.05233), attention at the lowest
+resolution only, a stride-2 convolution down and nearest-neighbour up, one skip a resolution instead of one a block: the
+fewest large operations for a given number of parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pantarhei.networks.embeddings import TimeEmbedding
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of a `UNet`.
+
+    Attributes:
+        channels: image channels.
+        width: feature channels at full resolution.
+        multipliers: feature channels of each resolution, as multiples of `width`; halves the image between two.
+        blocks: residual blocks on each side of each resolution.
+        attention: self-attention in the middle, at the lowest resolution.
+        classes: number of classes, 0 for none; index `classes` is the null class.
+        vector: width of a conditioning vector, 0 for none (null: zeros).
+        dropout: in the residual blocks.
+    """
+
+    channels: int = 3
+    width: int = 64
+    multipliers: tuple[int, ...] = (1, 2)
+    blocks: int = 2
+    attention: bool = True
+    classes: int = 0
+    vector: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        if self.channels < 1 or self.width < 8 or self.width % 8 or self.blocks < 1 or not self.multipliers:
+            raise ValueError(
+                f"network: channels >= 1, width a multiple of 8, blocks >= 1 and a multiplier are needed, got {self}"
+            )
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(scale, shift (norm(conv(silu(norm(x)))))))."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(_groups(inputs), inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * outputs)
+        self.norm2 = nn.GroupNorm(_groups(outputs), outputs)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, inputs, H, W), (B, embedding) to (B, outputs, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
+        return self.skip(x) + self.conv2(self.dropout(h))
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, heads of about 32 channels."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.heads = max(1, channels // 32)
+        self.norm = nn.GroupNorm(_groups(channels), channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        b, c, height, width = x.shape
+        q, k, v = (
+            part.reshape(b, self.heads, c // self.heads, height * width).transpose(-1, -2)
+            for part in self.qkv(self.norm(x)).chunk(3, dim=1)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(mixed.transpose(-1, -2).reshape(b, c, height, width))
+
+
+class UNet(nn.Module):
+    """`forward(x, t, label=None, vector=None)`: x (B, C, H, W) to the same shape, t (B,) in [0, 1].
+
+    H and W must be divisible by 2^(resolutions - 1). The output layer starts at zero.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths = [config.width * m for m in config.multipliers]
+        embedding = 4 * config.width
+        self.time = TimeEmbedding(embedding)
+        self.classes = nn.Embedding(config.classes + 1, embedding) if config.classes else None
+        self.vector = nn.Linear(config.vector, embedding) if config.vector else None
+        self.stem = nn.Conv2d(config.channels, widths[0], 3, padding=1)
+
+        def block(inputs: int, outputs: int) -> ResidualBlock:
+            return ResidualBlock(inputs, outputs, embedding, config.dropout)
+
+        self.encoder, self.downs = nn.ModuleList(), nn.ModuleList()
+        for i, width in enumerate(widths):
+            self.encoder.append(nn.ModuleList(block(width, width) for _ in range(config.blocks)))
+            if i + 1 < len(widths):
+                self.downs.append(nn.Conv2d(width, widths[i + 1], 3, stride=2, padding=1))
+        self.middle = Attention(widths[-1]) if config.attention else nn.Identity()
+        self.decoder, self.ups = nn.ModuleList(), nn.ModuleList()
+        for i in reversed(range(len(widths))):
+            first = block(2 * widths[i], widths[i])
+            self.decoder.append(
+                nn.ModuleList([first, *(block(widths[i], widths[i]) for _ in range(config.blocks - 1))])
+            )
+            if i:
+                self.ups.append(nn.Conv2d(widths[i], widths[i - 1], 3, padding=1))
+        self.norm = nn.GroupNorm(_groups(widths[0]), widths[0])
+        self.head = nn.Conv2d(widths[0], config.channels, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
+        """The network's output at (x, t) under its conditions."""
+        embedding = self._embed(t, label, vector)
+        h, skips = self.stem(x), []
+        for i, blocks in enumerate(self.encoder):
+            for block in blocks:  # type: ignore[attr-defined]
+                h = block(h, embedding)
+            skips.append(h)
+            if i < len(self.downs):
+                h = self.downs[i](h)
+        h = self.middle(h)
+        for i, blocks in enumerate(self.decoder):
+            h = torch.cat([h, skips.pop()], dim=1)
+            for block in blocks:  # type: ignore[attr-defined]
+                h = block(h, embedding)
+            if i < len(self.ups):
+                h = self.ups[i](F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        return self.head(F.silu(self.norm(h)))
+
+    def _embed(self, t: Tensor, label: Tensor | None, vector: Tensor | None) -> Tensor:
+        embedding = self.time(t)
+        if self.classes is not None:
+            if label is None:
+                label = torch.full((t.shape[0],), self.config.classes, device=t.device)
+            embedding = embedding + self.classes(label)
+        elif label is not None:
+            raise ValueError("label: this network was built without classes")
+        if self.vector is not None:
+            if vector is not None:
+                embedding = embedding + self.vector(vector)
+        elif vector is not None:
+            raise ValueError("vector: this network was built without a conditioning vector")
+        return F.silu(embedding)
+
+
+def _groups(channels: int) -> int:
+    """Groups of about 16 channels, at most 8 of them."""
+    groups = max(1, min(8, channels // 16))
+    while channels % groups:
+        groups -= 1
+    return groups

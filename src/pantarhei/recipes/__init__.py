@@ -1,0 +1,1 @@
+"""One file a system: how data, network, path and loop are put together."""

@@ -1,0 +1,49 @@
+"""The model card of a run: `README.md` in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pantarhei.files import write_atomically
+from pantarhei.training import Run, TrainResult
+
+
+def write_card(run: Run, result: TrainResult, *, notes: str = "") -> Path:
+    """Write data, teacher, network, training and how to use the run."""
+    config = run.config
+    flow, network, loop = config["task"]["flow"], config["task"]["network"], config["loop"]
+    provenance = flow["provenance"]
+    lines = [
+        f"# {run.folder.name}",
+        "",
+        f"A {config.get('system', 'flow')} model trained with PantaRhei.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| data | {provenance['data'] or config['data'].get('name', '')} |",
+        f"| path, prediction | {flow['path']['name']}, {flow['predicts']['name']} |",
+        f"| network | {_settings(network)} |",
+        f"| coupling | {provenance['coupling']}, rectified {provenance['rectified']}x |",
+        f"| training | {result.iteration:,} iterations of batch {loop['batch']}, seed {loop['seed']}, {loop['precision']}, "
+        f"{result.seconds:.0f} s |",
+    ]
+    if provenance["teacher"]:
+        lines.append(f"| teacher | {provenance['teacher']} (its licence applies to what it made) |")
+    for key, value in provenance["notes"].items():
+        lines.append(f"| {key.replace('_', ' ')} | {value} |")
+    lines += [
+        "",
+        "```bash",
+        f"pantarhei sample {run.folder} --count 64 --steps {1 if provenance['rectified'] else 50} --out samples",
+        "```",
+        "",
+        "`evaluation.json`, where there is one, names the feature extractor its distances are measured in.",
+    ]
+    if notes:
+        lines += ["", notes]
+    return write_atomically(run.folder / "README.md", ("\n".join(lines) + "\n").encode())
+
+
+def _settings(values: dict[str, Any]) -> str:
+    return ", ".join([str(values["name"]), *(f"{k} {v}" for k, v in values.items() if k != "name")])

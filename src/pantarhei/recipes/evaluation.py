@@ -1,0 +1,255 @@
+"""Evaluate a flow on its data: quality against steps, with the extractor named and the floor beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pantarhei import metrics
+from pantarhei.data import Source
+from pantarhei.data.seeds import generator as seeded
+from pantarhei.flow import Flow
+from pantarhei.flow.numbered import join, numbered_samples
+from pantarhei.metrics import ClassifierFeatures, Interval
+from pantarhei.report import Table
+from pantarhei.report.progress import Progress
+from pantarhei.solve import RungeKutta, as_step
+
+
+class Coordinates:
+    """Points are their own features."""
+
+    name = "the coordinates themselves"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, ...) to (B, D)."""
+        return x.flatten(1)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with: the data's parts, and features of the training part."""
+
+    train: Tensor
+    held_out: Tensor
+    extractor: Any
+    train_features: Tensor
+    floor: float
+
+    @property
+    def classifier(self) -> ClassifierFeatures | None:
+        """The extractor, where it also classifies."""
+        return self.extractor if isinstance(self.extractor, ClassifierFeatures) else None
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """Scores of the samples of one number of steps.
+
+    Attributes:
+        steps, evaluations: steps of the sampler, and calls of the field.
+        frechet: Frechet distance to the training images in the extractor's features, with an interval.
+        precision, recall: of k-nearest-neighbour manifolds in these features.
+        accuracy: share of samples that the classifier gives the label they were made for; None without labels.
+        nearest: 1st percentile of the distance to the nearest training item.
+        closer: share of samples nearer to a training item than the 1st percentile of held-out items is.
+    """
+
+    steps: int
+    evaluations: int
+    frechet: Interval
+    precision: float
+    recall: float
+    accuracy: float | None
+    nearest: float
+    closer: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores against steps, and what they are to be read with."""
+
+    rows: tuple[StepScores, ...]
+    extractor: str
+    floor: float
+    held_out_nearest: float
+    count: int
+    train_count: int
+    method: str
+    guidance: float
+    seed: int
+
+    def table(self) -> Table:
+        """For people."""
+        rows: list[tuple[Any, ...]] = [
+            (
+                r.steps,
+                r.evaluations,
+                r.frechet,
+                r.precision,
+                r.recall,
+                "-" if r.accuracy is None else f"{100 * r.accuracy:.1f} %",
+                r.nearest,
+                f"{100 * r.closer:.1f} %",
+            )
+            for r in self.rows
+        ]
+        rows.append(("held-out data", "-", self.floor, "-", "-", "-", self.held_out_nearest, "1.0 %"))
+        columns = ("steps", "NFE", "Frechet distance", "precision", "recall", "accuracy", "nearest", "copies")
+        caption = (
+            f"{self.count:,} samples ({self.method}, guidance {self.guidance:g}, seed {self.seed}) against "
+            f"{self.train_count:,} training items. Features: {self.extractor}. NFE: evaluations of the field. "
+            "Brackets: 95 % subsampling interval. Accuracy: the classifier sees the label asked for. Nearest: 1st percentile "
+            "of the distance to a training item; copies: nearer than 99 % of the held-out items."
+        )
+        return Table(columns, rows, caption)
+
+    def data(self) -> dict[str, Any]:
+        """For `evaluation.json`."""
+        return asdict(self)
+
+
+def make_reference(
+    train_set: Source,
+    held_out: Source,
+    *,
+    inception: str | Path | None = None,
+    cache: Path | None = None,
+    limit: int = 10_000,
+    seed: int = 0,
+) -> Reference:
+    """Choose the feature extractor and compute what all evaluations share.
+
+    Inception where its weights are given; else a small classifier trained on the labelled training images; else (points,
+    or images without labels) the values themselves.
+
+    Args:
+        train_set, held_out: the data.
+        inception: file of Inception weights.
+        cache: where a trained classifier is kept for the next evaluation.
+        limit: items of each part to use.
+        seed: of the classifier.
+    """
+    train_batch = train_set.fetch(torch.arange(min(limit, len(train_set))))
+    held_batch = held_out.fetch(torch.arange(min(limit, len(held_out))))
+    train, held = train_batch["x1"], held_batch["x1"]
+    extractor: Any
+    if inception is not None:
+        extractor = metrics.InceptionFeatures(inception)
+    elif train.ndim == 4 and "label" in train_batch and min(train.shape[-2:]) >= 8:
+        extractor = _classifier(train_set.name, train_batch, held_batch, cache, seed)
+    else:
+        extractor = Coordinates()
+    features = metrics.extract(extractor, train)
+    floor = metrics.frechet_distance(metrics.extract(extractor, held), features)
+    return Reference(train, held, extractor, features, floor)
+
+
+def evaluate_flow(
+    flow: Flow,
+    reference: Reference,
+    *,
+    steps: Sequence[int] = (1, 2, 4, 8, 50),
+    count: int = 2000,
+    seed: int = 0,
+    method: str = "euler",
+    guidance: float = 1.0,
+    conditions: Any | None = None,
+    batch: int = 256,
+    progress: bool = False,
+) -> Evaluation:
+    """Sample with each number of steps from the same noise, and score.
+
+    Args:
+        flow: the flow.
+        reference: from `make_reference`.
+        steps: numbers of steps.
+        count: samples for each.
+        seed: of the noise and the labels.
+        method, guidance: of the sampler.
+        conditions: see `numbered_conditions`.
+        batch: rows at a time.
+        progress: show a progress line.
+
+    Raises:
+        ValueError: for count < 2 or steps < 1.
+    """
+    if count < 2:
+        raise ValueError(f"count: at least 2 samples are needed, got {count}")
+    if not steps or min(steps) < 1:
+        raise ValueError(f"steps: every number of steps must be at least 1, got {list(steps)}")
+    step = as_step(method)
+    stages = len(step.tableau.b) if isinstance(step, RungeKutta) else 1
+    rows, memory = [], None
+    with Progress(len(steps) * count, "evaluating", "samples", shown=progress) as shown:
+        for i, number in enumerate(steps):
+            batches = numbered_samples(
+                flow,
+                range(count),
+                seed=seed,
+                conditions=conditions,
+                batch=batch,
+                steps=number,
+                method=method,
+                guidance=guidance,
+            )
+            samples = join(batches)
+            shown.update((i + 1) * count)
+            memory = metrics.memorisation_report(samples["x1"], reference.train, reference.held_out)
+            rows.append(_score(samples, reference, number, number * stages, memory, seed))
+    assert memory is not None
+    return Evaluation(
+        tuple(rows),
+        reference.extractor.name,
+        reference.floor,
+        memory.held_out_low,
+        count,
+        len(reference.train),
+        method,
+        guidance,
+        seed,
+    )
+
+
+def _score(
+    samples: dict[str, Tensor], reference: Reference, steps: int, evaluations: int, memory: Any, seed: int
+) -> StepScores:
+    features = metrics.extract(reference.extractor, samples["x1"])
+    interval = metrics.bootstrap(
+        lambda fake: metrics.frechet_distance(fake, reference.train_features),
+        features,
+        resamples=50,
+        generator=seeded(seed, steps, 40),
+    )
+    manifold = metrics.precision_recall(reference.train_features, features)
+    accuracy = None
+    if reference.classifier is not None and "label" in samples:
+        accuracy = reference.classifier.accuracy(samples["x1"], samples["label"])
+    return StepScores(
+        steps,
+        evaluations,
+        interval,
+        manifold.precision,
+        manifold.recall,
+        accuracy,
+        memory.samples_low,
+        memory.closer,
+    )
+
+
+def _classifier(
+    name: str, train: dict[str, Tensor], held: dict[str, Tensor], cache: Path | None, seed: int
+) -> ClassifierFeatures:
+    if cache is not None and cache.exists():
+        return ClassifierFeatures.load(cache)
+    found = metrics.train_classifier(
+        train["x1"], train["label"], seed=seed, held_out=(held["x1"], held["label"]), data=name
+    )
+    if cache is not None:
+        found.save(cache)
+    return found

@@ -1,0 +1,139 @@
+"""`sde`: integrate dX = drift(X, t) dt + g dW on a given grid, forwards or backwards in time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pantarhei.naming import unknown
+from pantarhei.solve.ode import Hook, Solution, _check_grid, _check_times
+from pantarhei.solve.state import CountedField, Field, State, add_scaled, check_state, leaves, map_state
+
+Diffusion = float | Callable[..., Any]
+SDEMethodName = Literal["euler_maruyama", "heun"]
+# (drift, amplitude, x, t, t_end, unit normal draw) -> new state
+SDEStep = Callable[[CountedField, Callable[[State, float], State], State, float, float, State], State]
+
+
+def sde(
+    drift: Field,
+    diffusion: Diffusion,
+    x: State,
+    times: Sequence[float] | Tensor = (0.0, 1.0),
+    *,
+    steps: int | Sequence[float] | Tensor | None = None,
+    method: SDEMethodName | SDEStep = "euler_maruyama",
+    noise: Sequence[State] | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    condition: Any = None,
+    before_step: Hook | None = None,
+    after_step: Hook | None = None,
+    observe: Callable[[State, float, int], None] | None = None,
+) -> Solution:
+    """Solve a stochastic differential equation with diagonal noise.
+
+    Args:
+        drift: `drift(x, t[, condition])`, like a field of `ode`.
+        diffusion: a number g, or `g(t) -> float` of the float time, or `g(x, t) -> tensor` for state-dependent noise
+            (told apart by the number of its required arguments). Where time falls, the equation is the backward one:
+            dX = drift dt + g dW with dt < 0 and W run from the last time.
+        x: state at `times[0]`.
+        times: strictly monotone; states at these times are reported and must be nodes of the grid.
+        steps: number of equal steps, or the whole grid; without it the grid is `times`.
+        method: "euler_maruyama" (Ito; strong order 1/2, 1 for additive noise), "heun" (both stages share the increment;
+            drift of weak order 2 for additive noise; for state-dependent noise it solves the Stratonovich equation), or
+            a function `(drift, amplitude, x, t, t_end, draw) -> x` of one step.
+        noise: standard normal draws to use, one a step: a tensor (steps, *x.shape) or a sequence of states.
+        generator: draws the noise where `noise` is None.
+        condition, before_step, after_step, observe: as in `ode`.
+
+    Returns:
+        A `Solution` (`rejected` is 0).
+
+    Raises:
+        ValueError: for bad grids, an unknown method, or noise that does not match the number of steps.
+    """
+    check_state(x)
+    if isinstance(method, str) and method not in SDE_METHODS:
+        raise ValueError(unknown("method", method, SDE_METHODS))
+    advance = SDE_METHODS[method] if isinstance(method, str) else method
+    asked = _check_times(times)
+    grid = _check_grid(steps, asked)
+    if not set(asked) <= set(grid):
+        raise ValueError(
+            "times: an SDE is reported at nodes of its grid only; give steps= as a grid that contains them"
+        )
+    if noise is not None and len(noise) != len(grid) - 1:
+        raise ValueError(f"noise: one draw a step is needed, {len(grid) - 1}, got {len(noise)}")
+    field = CountedField(drift, condition)
+    amplitude = _amplitude(diffusion)
+    reported = [x]
+    if observe is not None:
+        observe(x, grid[0], 0)
+    for i, (t, end) in enumerate(pairwise(grid)):
+        x = _hooked(before_step, x, t, i)
+        draw = noise[i] if noise is not None else map_state(lambda leaf: _normal_like(leaf, generator), x)
+        x = _hooked(after_step, advance(field, amplitude, x, t, end, draw), end, i)
+        if observe is not None:
+            observe(x, end, i + 1)
+        if len(reported) < len(asked) and asked[len(reported)] == end:
+            reported.append(x)
+    xs = map_state(lambda *parts: torch.stack(parts), *reported)
+    return Solution(x, asked, xs, field.calls, field.rows, len(grid) - 1, 0)
+
+
+def _euler_maruyama(
+    drift: CountedField, amplitude: Callable[[State, float], State], x: State, t: float, end: float, draw: State
+) -> State:
+    kick = map_state(lambda g, w: g * math.sqrt(abs(end - t)) * w, amplitude(x, t), draw)
+    return map_state(torch.add, add_scaled(x, (1.0,), (drift(x, t),), end - t), kick)
+
+
+def _heun(
+    drift: CountedField, amplitude: Callable[[State, float], State], x: State, t: float, end: float, draw: State
+) -> State:
+    root = math.sqrt(abs(end - t))
+    slope, early = drift(x, t), amplitude(x, t)
+    predicted = add_scaled(x, (1.0,), (slope,), end - t)
+    predicted = map_state(lambda y, g, w: y + g * root * w, predicted, early, draw)
+    late_slope, late = drift(predicted, end), amplitude(predicted, end)
+    mean = add_scaled(x, (0.5, 0.5), (slope, late_slope), end - t)
+    return map_state(lambda y, a, b, w: y + (a + b) / 2 * root * w, mean, early, late, draw)
+
+
+SDE_METHODS: dict[str, SDEStep] = {"euler_maruyama": _euler_maruyama, "heun": _heun}
+
+
+def _hooked(hook: Hook | None, x: State, t: float, step: int) -> State:
+    changed = None if hook is None else hook(x, t, step)
+    return x if changed is None else changed
+
+
+def _amplitude(diffusion: Diffusion) -> Callable[[State, float], State]:
+    """The diffusion as a state-shaped amplitude at (x, t)."""
+    if not callable(diffusion):
+        value = float(diffusion)
+        return lambda x, t: map_state(lambda leaf: leaf.new_full((), value), x)
+    required = _required_arguments(diffusion)
+    if required == 1:
+        return lambda x, t: map_state(lambda leaf: leaf.new_full((), float(diffusion(t))), x)
+    if required == 2:
+        return lambda x, t: diffusion(x, leaves(x)[0].new_full((), t))
+    raise TypeError(f"diffusion: must be a number, g(t) or g(x, t), got a callable of {required} required arguments")
+
+
+def _required_arguments(function: Callable[..., Any]) -> int:
+    import inspect
+
+    parameters = inspect.signature(function).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.default is p.empty and p.kind in positional for p in parameters)
+
+
+def _normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)

@@ -1,0 +1,117 @@
+"""States of a differential equation: a tensor, or a tuple of tensors that share their batch dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = Any  # Tensor | tuple[Tensor, ...]; spelled out it would force casts on every line of arithmetic
+Field = Callable[..., State]
+Scalar = float | Tensor  # a step size or a time: one number for all rows, or one a row, shape (B,)
+
+
+def leaves(x: State) -> tuple[Tensor, ...]:
+    """The tensors of a state."""
+    return (x,) if isinstance(x, Tensor) else tuple(x)
+
+
+def map_state(function: Callable[..., Tensor], *states: State) -> State:
+    """Apply `function` leaf by leaf; the result has the structure of the first state."""
+    if isinstance(states[0], Tensor):
+        return function(*states)
+    return tuple(function(*parts) for parts in zip(*states, strict=True))
+
+
+def per_row(value: Tensor, like: Tensor) -> Tensor:
+    """Shape (B,) to (B, 1, ..., 1) so that it multiplies `like` row by row; a 0-d value is returned as it is."""
+    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim)) if value.ndim else value
+
+
+def add_scaled(x: State, coefficients: Sequence[float], slopes: Sequence[State], dt: Scalar) -> State:
+    """`x + dt * sum_i coefficients[i] * slopes[i]`, skipping zero coefficients."""
+    used = [(c, k) for c, k in zip(coefficients, slopes, strict=False) if c != 0.0]
+    if isinstance(x, Tensor):
+        return _add_scaled_leaf(x, [c for c, _ in used], [k for _, k in used], dt)
+    return tuple(_add_scaled_leaf(leaf, [c for c, _ in used], [k[i] for _, k in used], dt) for i, leaf in enumerate(x))
+
+
+def _add_scaled_leaf(x: Tensor, coefficients: Sequence[float], slopes: Sequence[Tensor], dt: Scalar) -> Tensor:
+    if isinstance(dt, Tensor):
+        total = sum((k * c for c, k in zip(coefficients, slopes, strict=True)), start=torch.zeros_like(x))
+        return x + per_row(dt, x).to(x.dtype) * total
+    for c, k in zip(coefficients, slopes, strict=True):
+        x = torch.add(x, k, alpha=c * dt)
+    return x
+
+
+def select_rows(x: Any, rows: Tensor) -> Any:
+    """The given rows of a tensor, of a tuple of tensors, or of anything with an `index(rows)` method (a condition)."""
+    if x is None:
+        return None
+    if isinstance(x, Tensor):
+        return x.index_select(0, rows)
+    if isinstance(x, tuple):
+        return tuple(select_rows(leaf, rows) for leaf in x)
+    return x.index(rows)
+
+
+def time_dtype(x: State) -> torch.dtype:
+    """The precision times are handed to a field in: that of the state, but never below float32."""
+    dtype = leaves(x)[0].dtype
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+class CountedField:
+    """Calls `field(x, t[, condition])` and counts the calls and the rows (batch elements) evaluated.
+
+    `t` arrives as a float or a (B,) tensor and reaches the field as a tensor on the state's device.
+    """
+
+    def __init__(self, field: Field, condition: Any = None):
+        self.field = field
+        self.condition = condition
+        self.calls = 0
+        self.rows = 0
+
+    def __call__(self, x: State, t: Scalar) -> State:
+        """The field at (x, t); counted."""
+        first = x if isinstance(x, Tensor) else x[0]
+        self.calls += 1
+        self.rows += first.shape[0] if first.ndim else 1
+        if isinstance(t, Tensor):
+            t = t.to(time_dtype(x))
+        else:  # a fill, not torch.tensor: no copy from the host, nothing to wait for on a GPU
+            t = torch.full((), t, dtype=time_dtype(x), device=first.device)
+        value = self.field(x, t) if self.condition is None else self.field(x, t, self.condition)
+        if self.calls == 1:
+            _check_like(value, x)
+        return value
+
+    def for_rows(self, rows: Tensor) -> CountedField:
+        """The same field for some rows of the batch; its counts start at zero."""
+        return CountedField(self.field, select_rows(self.condition, rows))
+
+
+def check_state(x: State) -> None:
+    """Raise if `x` is not a floating-point tensor or a non-empty tuple of them."""
+    parts: Iterable[Any] = (x,) if isinstance(x, Tensor) else x if isinstance(x, tuple) and x else ()
+    if not parts or not all(isinstance(p, Tensor) and p.is_floating_point() for p in parts):
+        kind = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x: a floating-point tensor or a tuple of them is needed, got {kind}")
+
+
+def _check_like(value: State, x: State) -> None:
+    shapes = [tuple(leaf.shape) for leaf in leaves(x)]
+    got = [tuple(leaf.shape) for leaf in leaves(value)]
+    if got != shapes:
+        raise ValueError(
+            f"field: its output must have the shape of the state, {_show(shapes)}, got shape {_show(got)} "
+            "(does it broadcast t, 0-d or one a row, to the state's dimensions?)"
+        )
+
+
+def _show(shapes: list[tuple[int, ...]]) -> str:
+    return str(shapes[0]) if len(shapes) == 1 else str(shapes)

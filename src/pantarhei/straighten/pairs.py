@@ -1,0 +1,173 @@
+"""Pairs of source draws and what a flow makes of them: the training set of reflow and of every distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pantarhei.data import Source
+from pantarhei.data.shards import ShardStore
+from pantarhei.flow import Flow
+from pantarhei.flow.numbered import Conditions, numbered_conditions, numbered_samples
+from pantarhei.flow.pretrained import fingerprint
+from pantarhei.report.progress import Progress
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How pairs are made: Heun steps unless asked otherwise, each step two evaluations."""
+
+    method: str = "heun"
+    steps: int = 20
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"pair steps: must be at least 1, got {self.steps}")
+
+
+def make_pairs(
+    flow: Flow,
+    count: int,
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    solver: Solver | None = None,
+    conditions: Conditions | Source | None = None,
+    teacher: str = "",
+    batch: int = 256,
+    shard_size: int = 1024,
+    rank: int = 0,
+    world: int = 1,
+    progress: bool = False,
+) -> ShardStore:
+    """Draw x0, carry it to x1 with the flow, and store (x0, x1, conditions) in a sharded, resumable store.
+
+    Pair i depends on (seed, i) and the flow only. Shards that are already there are kept, so a killed job goes on, and
+    several processes share the shards by rank.
+
+    Args:
+        flow: the teacher; use the averaged weights.
+        count: number of pairs.
+        folder: where the store is, or goes on.
+        seed: of the source draws and the conditions.
+        solver: method, steps and guidance scale; guidance is baked into the pairs and written in the header.
+        conditions: `(numbers) -> dict` of the conditions of these pairs, or a data source whose items' conditions are
+            used; by default class labels are drawn evenly.
+        teacher: name or path of the teacher, for the header.
+        batch: rows integrated at a time.
+        shard_size: pairs in a file.
+        rank, world: this process's share.
+        progress: show a progress line.
+
+    Raises:
+        ValueError: for bad arguments, or an existing store that was made otherwise.
+        OSError: the disk is full; finished shards stay.
+    """
+    if count < 1:
+        raise ValueError(f"pairs: must be at least 1, got {count}")
+    solver = solver or Solver()
+    named = numbered_conditions(flow, seed, conditions)
+    header = {
+        "kind": "pairs",
+        "version": 1,
+        "direction": "x0 (source, t = 0) to x1 (data, t = 1)",
+        "seed": seed,
+        "method": solver.method,
+        "steps": solver.steps,
+        "guidance": solver.guidance,
+        "conditions": list(flow.conditions),
+        "teacher": teacher,
+        "teacher_weights": fingerprint(flow.network),
+        "flow": flow.spec(),
+    }
+    store = ShardStore.create(folder, count, header, shard_size=shard_size)
+    missing = store.missing(rank, world)
+    done = sum(len(store.items(i)) for i in range(rank, store.shards, world)) - sum(
+        len(store.items(i)) for i in missing
+    )
+    mine = sum(len(store.items(i)) for i in range(rank, store.shards, world))
+    with Progress(mine, "pairs", "pairs", start=done, shown=progress and rank == 0) as shown:
+        for shard in missing:
+            parts = []
+            options = {"steps": solver.steps, "method": solver.method, "guidance": solver.guidance, "decode": False}
+            for part in numbered_samples(flow, store.items(shard), seed=seed, conditions=named, batch=batch, **options):
+                parts.append(part)
+                done += len(part["x1"])
+                shown.update(done)
+            store.write(shard, {name: torch.cat([p[name] for p in parts]) for name in parts[0]})
+    return store
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What a look at a pair store found.
+
+    Attributes:
+        source_mean, source_std: moments of x0; 0 and 1 for a normal source.
+        data_mean, data_std: moments of x1.
+        swapped: x1 looks like the normal source and x0 does not.
+        solver_error: relative root mean square change of x1 when the steps are doubled; None without the teacher.
+        warnings: what a user should know, one sentence each.
+    """
+
+    source_mean: float
+    source_std: float
+    data_mean: float
+    data_std: float
+    swapped: bool
+    solver_error: float | None
+    warnings: tuple[str, ...]
+
+
+def inspect_pairs(store: ShardStore, flow: Flow | None = None, *, limit: int = 512) -> PairReport:
+    """Check a pair store: moments, swapped ends, and (with the teacher) the solver's error by step doubling.
+
+    Args:
+        store: the pairs.
+        flow: the teacher that made them.
+        limit: how many pairs to look at.
+    """
+    sample = store.tensors(limit)
+    x0, x1 = sample["x0"].double(), sample["x1"].double()
+    source = (float(x0.mean()), float(x0.std()))
+    data = (float(x1.mean()), float(x1.std()))
+    normal = store.header["flow"]["source"]["name"] == "normal"
+    off = abs(source[1] - 1) > 0.1 or abs(source[0]) > 0.1
+    like_noise = abs(data[1] - 1) < 0.05 and abs(data[0]) < 0.05 and _excess_kurtosis(x1) < 0.2
+    swapped = normal and off and like_noise
+    warnings = []
+    if swapped:
+        warnings.append("x0 and x1 look swapped: x1 has the moments of the source")
+    elif normal and off:
+        warnings.append(
+            f"x0 does not look like the unit normal source: mean {source[0]:.3g}, deviation {source[1]:.3g}"
+        )
+    error = None
+    if flow is not None:
+        error = _solver_error(store, flow, sample)
+        if error > 0.05:
+            warnings.append(f"doubling the solver's steps changes x1 by {100 * error:.1f} %: use more steps")
+    return PairReport(*source, *data, swapped, error, tuple(warnings))
+
+
+def _solver_error(store: ShardStore, flow: Flow, sample: dict[str, Tensor]) -> float:
+    named = {name: sample[name] for name in store.header["conditions"]}
+    finer = flow.sample(
+        x0=sample["x0"].to(flow.device, flow.dtype),
+        condition=named or None,
+        steps=2 * store.header["steps"],
+        method=store.header["method"],
+        guidance=store.header["guidance"],
+        decode=False,
+    )
+    change = (finer.float().cpu() - sample["x1"]).square().mean().sqrt()
+    return float(change / sample["x1"].std())
+
+
+def _excess_kurtosis(x: Tensor) -> float:
+    z = (x - x.mean()) / x.std()
+    return abs(float(z.pow(4).mean()) - 3)

@@ -1,0 +1,105 @@
+"""The common task: one flow, one objective, one optimiser, one average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pantarhei import networks
+from pantarhei.data.seeds import generator as seeded
+from pantarhei.data.sources import as_source
+from pantarhei.flow import Flow, FlowMatching, Objective, evaluation_mode
+from pantarhei.flow.numbered import numbered_noise
+from pantarhei.training.averages import Average
+from pantarhei.training.task import Optimization, Task, Trained, Update
+
+
+class FlowTask(Task):
+    """Train `flow.network` with an objective.
+
+    Args:
+        flow: the flow; its network is trained in place.
+        objective: `objective(flow, batch, generator) -> (loss, log)`; flow matching by default.
+        data: a data source, a tensor, a dict of tensors or a torch Dataset.
+        held_out: more of the same, for validation and the best checkpoint.
+        optimization: optimiser settings.
+        average: decay of the moving average that is used for sampling; 0 for none.
+        warmup_average: whether the average's decay warms up.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        objective: Objective | None = None,
+        data: Any = None,
+        *,
+        held_out: Any = None,
+        optimization: Optimization | None = None,
+        average: float = 0.999,
+        warmup_average: bool = True,
+    ):
+        super().__init__()
+        if data is None:
+            raise ValueError("data: a data source, tensor, dict of tensors or Dataset is needed")
+        self.flow = flow
+        self.objective = objective or FlowMatching()
+        self.data = as_source(data)
+        self.held_out = None if held_out is None else as_source(held_out)
+        self.groups = {"network": Trained(("flow.network",), optimization or Optimization())}
+        self.average = Average(flow.network, average, warmup_average) if average else None
+        self.averages = {"average": "flow.network"} if average else {}
+
+    def result(self) -> Flow:
+        """The flow to use: around the average where there is one."""
+        return self.flow if self.average is None else self.flow.like(self.average.network)
+
+    def updates(self, batch: dict[str, Tensor], generator: torch.Generator) -> Iterator[Update]:
+        """One update: the objective's loss."""
+        loss, log = self.objective(self.flow, batch, generator)
+        yield Update(loss, "network", log)
+
+    @torch.no_grad()
+    def validate(self) -> float | None:
+        """The objective on up to 1,024 held-out items, with the same noise and times each time."""
+        if self.held_out is None:
+            return None
+        flow = self.result()
+        batch = self.held_out.fetch(torch.arange(min(len(self.held_out), 1024)))
+        batch = {name: value.to(flow.device) for name, value in batch.items()}
+        with evaluation_mode(flow.network):
+            loss, _ = self.objective(flow, batch, seeded(0, 20, device=flow.device))
+        return float(loss)
+
+    def preview(self, folder: Path, iteration: int) -> None:
+        """A grid of 64 samples from fixed noise (images), or a scatter of 2,000 (points)."""
+        flow = self.result()
+        if flow.shape is None or not getattr(flow.source, "gaussian", False):
+            return
+        image = len(flow.shape) == 3 and flow.shape[0] in (1, 3, 4)
+        if not image and flow.shape != (2,):
+            return
+        count = 64 if image else 2000
+        x0 = numbered_noise(0, range(count), flow.shape, salt=21).to(flow.device, flow.dtype)
+        condition = None
+        if flow.conditions:
+            batch = self.data.fetch(torch.arange(count) % len(self.data))
+            condition = {name: batch[name] for name in flow.conditions}
+        x = flow.sample(x0=x0, condition=condition, steps=8, method="heun").float().cpu()
+        if image:
+            from pantarhei.report import save_image_grid
+
+            save_image_grid(x, folder / f"{iteration:08d}.png")
+        else:
+            from pantarhei.report import figures
+
+            folder.mkdir(parents=True, exist_ok=True)
+            figures.scatter_2d({f"iteration {iteration}": x}).savefig(folder / f"{iteration:08d}.png")
+
+    def config(self) -> dict[str, Any]:
+        """Flow and network as data."""
+        network = networks.spec_of(self.flow.network)
+        return {"flow": self.flow.spec(), "network": network or {"name": "custom"}}
