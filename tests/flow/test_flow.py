@@ -21,8 +21,8 @@ from pantarhei.flow import (
     squared,
 )
 from pantarhei.flow.couplings import MinibatchOT, Pairs, build_coupling
-from pantarhei.flow.paths import PATHS, build_path
 from pantarhei.flow.numbered import numbered_noise
+from pantarhei.flow.paths import PATHS, build_path
 from pantarhei.flow.sources import Samples
 from pantarhei.flow.times import LogitNormal, Uniform
 

@@ -39,8 +39,8 @@ def evaluate(
         batch: samples at a time.
         out: where to write; RUN/evaluation.json by default.
     """
-    if count < 2:
-        raise ValueError(f"--count: at least 2 samples are needed, got {count}")
+    if count < 10:
+        raise ValueError(f"--count: at least 10 samples are needed, got {count}")
     if not steps or min(steps) < 1:
         raise ValueError(f"--steps: every number must be at least 1, got {list(steps)}")
     flow = load(run)

@@ -18,6 +18,7 @@ from pantarhei.flow.times import TIME_LAWS
 from pantarhei.images import AUGMENTATIONS
 from pantarhei.interop import load
 from pantarhei.networks import CONFIGS
+from pantarhei.recipes.systems import SYSTEMS
 from pantarhei.report import Table
 from pantarhei.solve import METHODS
 from pantarhei.straighten import inspect_pairs
@@ -57,7 +58,9 @@ def list_names() -> int:
         ("methods", ", ".join(METHODS)),
         ("grids", ", ".join([*WARPS, "logsnr", "karras"])),
     ]
-    _print(Table(("kind", "names"), rows))
+    print(Table(("kind", "names"), rows).text())
+    print()
+    print(Table(("system", "paper", "state"), [(s.name, s.paper, s.state) for s in SYSTEMS]).text())
     return 0
 
 

@@ -24,7 +24,8 @@ class UNetConfig:
         channels: image channels.
         width: feature channels at full resolution.
         multipliers: feature channels of each resolution, as multiples of `width`; halves the image between two.
-        blocks: residual blocks on each side of each resolution.
+        blocks: residual blocks on each side of each resolution: one number for all, or one each. Blocks at the lowest
+            resolution are cheap for their parameters.
         attention: self-attention in the middle, at the lowest resolution.
         classes: number of classes, 0 for none; index `classes` is the null class.
         vector: width of a conditioning vector, 0 for none (null: zeros).
@@ -34,7 +35,7 @@ class UNetConfig:
     channels: int = 3
     width: int = 64
     multipliers: tuple[int, ...] = (1, 2)
-    blocks: int = 2
+    blocks: int | tuple[int, ...] = 2
     attention: bool = True
     classes: int = 0
     vector: int = 0
@@ -42,10 +43,19 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        if self.channels < 1 or self.width < 8 or self.width % 8 or self.blocks < 1 or not self.multipliers:
+        if not isinstance(self.blocks, int):
+            object.__setattr__(self, "blocks", tuple(self.blocks))
+        if self.channels < 1 or self.width < 8 or self.width % 8 or not self.multipliers:
+            raise ValueError(f"network: channels >= 1, width a multiple of 8 and a multiplier are needed, got {self}")
+        if len(self.block_counts) != len(self.multipliers) or min(self.block_counts) < 1:
             raise ValueError(
-                f"network: channels >= 1, width a multiple of 8, blocks >= 1 and a multiplier are needed, got {self}"
+                f"blocks: one number >= 1, or one for each of {len(self.multipliers)} resolutions, got {self.blocks}"
             )
+
+    @property
+    def block_counts(self) -> tuple[int, ...]:
+        """Residual blocks of each resolution."""
+        return (self.blocks,) * len(self.multipliers) if isinstance(self.blocks, int) else self.blocks
 
 
 class ResidualBlock(nn.Module):
@@ -113,18 +123,17 @@ class UNet(nn.Module):
         def block(inputs: int, outputs: int) -> ResidualBlock:
             return ResidualBlock(inputs, outputs, embedding, config.dropout)
 
+        counts = config.block_counts
         self.encoder, self.downs = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(widths):
-            self.encoder.append(nn.ModuleList(block(width, width) for _ in range(config.blocks)))
+            self.encoder.append(nn.ModuleList(block(width, width) for _ in range(counts[i])))
             if i + 1 < len(widths):
                 self.downs.append(nn.Conv2d(width, widths[i + 1], 3, stride=2, padding=1))
         self.middle = Attention(widths[-1]) if config.attention else nn.Identity()
         self.decoder, self.ups = nn.ModuleList(), nn.ModuleList()
         for i in reversed(range(len(widths))):
             first = block(2 * widths[i], widths[i])
-            self.decoder.append(
-                nn.ModuleList([first, *(block(widths[i], widths[i]) for _ in range(config.blocks - 1))])
-            )
+            self.decoder.append(nn.ModuleList([first, *(block(widths[i], widths[i]) for _ in range(counts[i] - 1))]))
             if i:
                 self.ups.append(nn.Conv2d(widths[i], widths[i - 1], 3, padding=1))
         self.norm = nn.GroupNorm(_groups(widths[0]), widths[0])
@@ -148,7 +157,8 @@ class UNet(nn.Module):
             for block in blocks:  # type: ignore[attr-defined]
                 h = block(h, embedding)
             if i < len(self.ups):
-                h = self.ups[i](F.interpolate(h, scale_factor=2.0, mode="nearest"))
+                # Convolved before it is enlarged: a quarter of the work, and the next block convolves at full size.
+                h = F.interpolate(self.ups[i](h), scale_factor=2.0, mode="nearest")
         return self.head(F.silu(self.norm(h)))
 
     def _embed(self, t: Tensor, label: Tensor | None, vector: Tensor | None) -> Tensor:

@@ -54,7 +54,9 @@ class StepScores:
     Attributes:
         steps, evaluations: steps of the sampler, and calls of the field.
         frechet: Frechet distance to the training images in the extractor's features, with an interval.
+        kernel: kernel distance (KID) in these features.
         precision, recall: of k-nearest-neighbour manifolds in these features.
+        density, coverage: their robust counterparts.
         accuracy: share of samples that the classifier gives the label they were made for; None without labels.
         nearest: 1st percentile of the distance to the nearest training item.
         closer: share of samples nearer to a training item than the 1st percentile of held-out items is.
@@ -63,8 +65,11 @@ class StepScores:
     steps: int
     evaluations: int
     frechet: Interval
+    kernel: float
     precision: float
     recall: float
+    density: float
+    coverage: float
     accuracy: float | None
     nearest: float
     closer: float
@@ -104,8 +109,8 @@ class Evaluation:
         caption = (
             f"{self.count:,} samples ({self.method}, guidance {self.guidance:g}, seed {self.seed}) against "
             f"{self.train_count:,} training items. Features: {self.extractor}. NFE: evaluations of the field. "
-            "Brackets: 95 % subsampling interval. Accuracy: the classifier sees the label asked for. Nearest: 1st percentile "
-            "of the distance to a training item; copies: nearer than 99 % of the held-out items."
+            "Brackets: 95 % subsampling interval. Accuracy: the classifier sees the label asked for. Nearest: 1st "
+            "percentile of the distance to a training item; copies: nearer than 99 % of the held-out items."
         )
         return Table(columns, rows, caption)
 
@@ -177,10 +182,10 @@ def evaluate_flow(
         progress: show a progress line.
 
     Raises:
-        ValueError: for count < 2 or steps < 1.
+        ValueError: for count < 10 or steps < 1.
     """
-    if count < 2:
-        raise ValueError(f"count: at least 2 samples are needed, got {count}")
+    if count < 10:
+        raise ValueError(f"count: at least 10 samples are needed, got {count}")
     if not steps or min(steps) < 1:
         raise ValueError(f"steps: every number of steps must be at least 1, got {list(steps)}")
     step = as_step(method)
@@ -220,22 +225,20 @@ def _score(
     samples: dict[str, Tensor], reference: Reference, steps: int, evaluations: int, memory: Any, seed: int
 ) -> StepScores:
     features = metrics.extract(reference.extractor, samples["x1"])
-    interval = metrics.bootstrap(
-        lambda fake: metrics.frechet_distance(fake, reference.train_features),
-        features,
-        resamples=50,
-        generator=seeded(seed, steps, 40),
-    )
-    manifold = metrics.precision_recall(reference.train_features, features)
+    draws = seeded(seed, steps, 40)
+    sets = metrics.evaluate_sets(reference.train_features, features, resamples=50, generator=draws)
     accuracy = None
     if reference.classifier is not None and "label" in samples:
         accuracy = reference.classifier.accuracy(samples["x1"], samples["label"])
     return StepScores(
         steps,
         evaluations,
-        interval,
-        manifold.precision,
-        manifold.recall,
+        sets.frechet,
+        sets.kernel.mean,
+        sets.precision,
+        sets.recall,
+        sets.density,
+        sets.coverage,
         accuracy,
         memory.samples_low,
         memory.closer,

@@ -69,14 +69,14 @@ class NetworkConfig:
     Attributes:
         width: feature channels at full resolution (images) or hidden width (points).
         multipliers: channels of each resolution as multiples of `width`.
-        blocks: residual blocks a side and resolution, or hidden layers for points.
+        blocks: residual blocks a side, one number for all resolutions or one each; or hidden layers for points.
         attention: self-attention at the lowest resolution.
         dropout: in the residual blocks.
     """
 
     width: int | None = None
     multipliers: tuple[int, ...] | None = None
-    blocks: int | None = None
+    blocks: tuple[int, ...] | None = None
     attention: bool = True
     dropout: float = 0.0
 
@@ -160,7 +160,7 @@ def build_network(config: NetworkConfig, shape: tuple[int, ...], classes: int, s
     """A U-Net for images (C, H, W) or an MLP for points (D,), with weights drawn from `seed`."""
     sizes: Any
     if len(shape) == 1:
-        sizes = MLPConfig(shape[0], config.width or 128, config.blocks or 3, classes)
+        sizes = MLPConfig(shape[0], config.width or 128, config.blocks[0] if config.blocks else 3, classes)
     elif len(shape) == 3:
         multipliers = config.multipliers or default_multipliers(min(shape[1:]))
         factor = 2 ** (len(multipliers) - 1)
@@ -170,7 +170,8 @@ def build_network(config: NetworkConfig, shape: tuple[int, ...], classes: int, s
                 "give --size or fewer multipliers"
             )
         width = config.width or (32 if min(shape[1:]) <= 16 else 64)
-        blocks = config.blocks or 2
+        blocks = config.blocks or (*(1,) * (len(multipliers) - 1), 4 if len(multipliers) < 3 else 2)
+        blocks = blocks * len(multipliers) if len(blocks) == 1 else blocks
         sizes = UNetConfig(shape[0], width, multipliers, blocks, config.attention, classes, dropout=config.dropout)
     else:
         raise ValueError(f"data: images (C, H, W) or points (D,) are needed, got samples of shape {shape}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,8 +105,10 @@ def solve_per_sample(
     dt = sign * _first_steps(field, step, x, start, slope, sign, abs(end - start), tolerance)
     memory = step.start(field, x, t, dt, slope)
     after_rejection = torch.zeros(count, dtype=torch.bool, device=device)
-    reported: list[State] = [x] + [map_state(torch.zeros_like, x) for _ in asked[1:]]
-    active, accepted, rejected = field, 0, 0
+    end_state = map_state(torch.zeros_like, x)
+    inner = torch.tensor(asked[1:-1], dtype=torch.float64, device=device)
+    inside = _Inside(inner, map_state(lambda leaf: leaf.new_zeros(len(inner), *leaf.shape), x))
+    initial, active, accepted, rejected = x, field, 0, 0
     for _ in range(tolerance.max_steps):
         smallest = 10 * torch.finfo(torch.float64).eps * t.abs().clamp_min(1e-300)
         dt = sign * torch.maximum(dt.abs(), smallest)
@@ -122,11 +125,8 @@ def solve_per_sample(
                 f"error control: step size underflow or a field that is not finite at t={float(t[stuck][0]):.6g}"
             )
         new_t = torch.where(last, torch.full_like(t, end), t + h)
-        for j in range(1, len(asked) - 1):
-            inside = ok & ((asked[j] - t) * sign > 0) & ((new_t - asked[j]) * sign >= 0)
-            if bool(inside.any()):
-                value = step.interpolate((asked[j] - t) / h, x, result, h, active, t)
-                reported[j] = _put_rows(reported[j], rows[inside], select_rows(value, inside.nonzero()[:, 0]))
+        if len(asked) > 2:
+            inside = _report_inside(inside, step, active, (t, new_t, h), sign, ok, rows, x, result)
         if active is not field:  # the counts of this step belong to the whole solve
             field.calls, field.rows = field.calls + active.calls - calls, field.rows + active.rows - row_count
         factor = (SAFETY * norm ** (-1 / step.order)).nan_to_num(SHRINK, posinf=GROW, neginf=SHRINK)
@@ -139,13 +139,45 @@ def solve_per_sample(
         arrived = ok & last
         if bool(arrived.any()):
             done, left = arrived.nonzero()[:, 0], (~arrived).nonzero()[:, 0]
-            reported[-1] = _put_rows(reported[-1], rows[done], select_rows(x, done))
+            end_state = _put_rows(end_state, rows[done], select_rows(x, done))
             if left.numel() == 0:
-                return reported, (accepted, rejected)
+                middle = [map_state(lambda leaf, k=k: leaf[k], inside.states) for k in range(len(inner))]
+                return [initial, *middle, end_state], (accepted, rejected)
             x, memory, rows = select_rows(x, left), select_rows(memory, left), rows[left]
             t, dt, after_rejection = t[left], dt[left], after_rejection[left]
             active = field.for_rows(rows)
     raise FloatingPointError(f"error control: {rows.numel()} rows did not arrive within {tolerance.max_steps} steps")
+
+
+class _Inside(NamedTuple):
+    """The reported times between start and end, and the states at them, (times, B, ...) a leaf."""
+
+    times: Tensor
+    states: State
+
+
+def _report_inside(
+    inside: _Inside,
+    step: Step,
+    field: CountedField,
+    span: tuple[Tensor, Tensor, Tensor],
+    sign: float,
+    ok: Tensor,
+    rows: Tensor,
+    x: State,
+    result: StepResult,
+) -> _Inside:
+    """Fill in the states at reported times that accepted rows have just passed, all of them at once."""
+    t, new_t, h = span
+    ahead, reached = (inside.times - t[:, None]) * sign > 0, (new_t[:, None] - inside.times) * sign >= 0
+    row, which = (ok[:, None] & ahead & reached).nonzero(as_tuple=True)
+    if row.numel() == 0:
+        return inside
+    theta = (inside.times[which] - t[row]) / h[row]
+    picked = StepResult(select_rows(result.x, row), None, None, tuple(select_rows(k, row) for k in result.slopes))
+    values = step.interpolate(theta, select_rows(x, row), picked, h[row], field.for_rows(row), t[row])
+    place = (which, rows[row])
+    return _Inside(inside.times, map_state(lambda a, b: a.index_put(place, b), inside.states, values))
 
 
 def _scaled_error(result: StepResult, x: State, tolerance: Tolerance) -> State:

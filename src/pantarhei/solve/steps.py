@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from pantarhei.solve.state import CountedField, Scalar, State, add_scaled, map_state, per_row
+from pantarhei.solve.state import CountedField, Scalar, State, Terms, add_scaled, add_terms, map_state, nonzero, per_row
 
 
 class StepResult(NamedTuple):
@@ -73,6 +73,16 @@ class Tableau:
     dense: tuple[tuple[float, ...], ...] | None = None
 
     @cached_property
+    def stages(self) -> tuple[tuple[Terms, float], ...]:
+        """Each later stage's non-zero (slope number, coefficient) pairs and its node c, found once."""
+        return tuple((nonzero(row), c) for row, c in zip(self.a[1:], self.c[1:], strict=True))
+
+    @cached_property
+    def weights(self) -> Terms:
+        """The non-zero weights of b, likewise."""
+        return nonzero(self.b)
+
+    @cached_property
     def first_same_as_last(self) -> bool:
         """Whether the last stage is the slope at the new point."""
         return len(self.b) > 1 and self.c[-1] == 1.0 and self.a[-1] == self.b[:-1] and self.b[-1] == 0.0
@@ -106,11 +116,11 @@ class RungeKutta:
         tableau = self.tableau
         slopes = [field(x, t) if memory is None else memory]
         stage = x
-        for row, c in zip(tableau.a[1:], tableau.c[1:], strict=True):
-            stage = add_scaled(x, row, slopes, dt)
+        for terms, c in tableau.stages:
+            stage = add_terms(x, terms, slopes, dt)
             slopes.append(field(stage, t + c * dt))
         # In a first-same-as-last method the last stage *is* the new point.
-        new = stage if tableau.first_same_as_last else add_scaled(x, tableau.b, slopes, dt)
+        new = stage if tableau.first_same_as_last else add_terms(x, tableau.weights, slopes, dt)
         error = None
         if tableau.error is not None:
             zero = map_state(lambda leaf: leaf.new_zeros(()).expand_as(leaf), x)

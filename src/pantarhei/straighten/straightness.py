@@ -61,7 +61,7 @@ def straightness(flow: Flow, x0: Tensor, *, condition: Any = None, steps: int = 
     low, high = flow.interval
     times = [low + (high - low) * i / steps for i in range(steps + 1)]
     with evaluation_mode(flow.network):
-        states = flow.transport(x0, times, steps=None, method="heun", condition=condition).xs
+        states = flow.transport(x0, times, steps=tuple(times), method="heun", condition=condition).xs
         shift = states[-1] - states[0]
         gaps = []
         for t, x in zip(times, states, strict=True):

@@ -33,7 +33,8 @@ def make_fabric(
     several = devices * nodes > 1
     chosen: Any = "auto"
     if strategy == "fsdp":
-        chosen = ModelParallelStrategy(parallelize_fn=_fully_shard)
+        # Left to themselves the sizes are (nodes, devices): the devices of a node would be tensor-parallel, not sharded.
+        chosen = ModelParallelStrategy(_fully_shard, data_parallel_size=devices * nodes, tensor_parallel_size=1)
     elif strategy == "ddp" or (strategy == "auto" and several):
         # Buffers stay each process's own: broadcasting them writes in place between two forwards of one backward.
         chosen = DDPStrategy(broadcast_buffers=False)

@@ -1,0 +1,55 @@
+"""Reads goldens: outputs of reference implementations, with their tolerances.
+
+A golden is `<system>/<name>.json` (what each tensor is, `config`, `tolerance`) and `.safetensors` (`in.*`, `out.*`, `w.*`)
+in the folder `$PANTARHEI_GOLDENS`, by default `tests/goldens`. Tests read every size, time and constant from it.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+FOLDER = Path(os.environ.get("PANTARHEI_GOLDENS") or Path(__file__).parent / "goldens")
+
+
+class Golden:
+    """One golden: `config`, tensors by name, and comparison within the stated tolerance."""
+
+    def __init__(self, system: str, name: str):
+        base = FOLDER / system / name
+        if not base.with_suffix(".json").is_file():
+            pytest.skip(f"this copy of the goldens has no {system}/{name}")
+        self.description = json.loads(base.with_suffix(".json").read_text())
+        self.config = self.description["config"]
+        self.tensors = load_file(base.with_suffix(".safetensors"))
+        self.compared = set()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def names(self, prefix: str) -> list[str]:
+        return [name for name in self.tensors if name.startswith(prefix)]
+
+    def tolerance(self, name: str) -> dict[str, float]:
+        table = self.description["tolerance"]
+        prefixes = [key for key in table if key not in ("default", "relative_to") and name.startswith(key)]
+        return table[max(prefixes, key=len)] if prefixes else table["default"]
+
+    def check(self, name: str, value: torch.Tensor | float) -> None:
+        """Assert that `value` is the golden tensor `name`, within atol + rtol * max |golden|."""
+        expected = self.tensors[name].double()
+        found = torch.as_tensor(value).detach().double()
+        assert found.shape == expected.shape, f"{name}: shape {tuple(found.shape)}, golden {tuple(expected.shape)}"
+        limit = self.tolerance(name)
+        allowed = limit["atol"] + limit["rtol"] * float(expected.abs().max())
+        worst = float((found - expected).abs().max())
+        assert worst <= allowed, f"{name}: differs by {worst:.3g}, allowed {allowed:.3g}"
+        self.compared.add(name)
+
+    def assert_all_compared(self) -> None:
+        """Assert that no output of the golden was left out."""
+        left = set(self.names("out.")) - self.compared
+        assert not left, f"not compared: {sorted(left)}"
