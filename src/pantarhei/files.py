@@ -41,6 +41,11 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
     return path
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a name is that of a write that was killed before its rename."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write JSON atomically."""
     return write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

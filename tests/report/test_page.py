@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pantarhei.files import write_atomically
 from pantarhei.metrics import Interval
 from pantarhei.report import Page, Table, curves, image_grid
-from pantarhei.files import write_atomically
 
 VOID = {"meta", "img", "link", "br"}
 

@@ -102,15 +102,15 @@ class MixtureField(nn.Module):
 
     def _responsible(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Responsibilities (B, K) and C^-1 (x - m), (B, K, D)."""
-        means, covariances = self._components(t.to(x))
+        means, covariances = self._components(_one_time(t).to(x))
         log_parts = _log_components(x, means, covariances, self.log_weights)
         solved = torch.linalg.solve(covariances, (x[:, None] - means)[..., None])[..., 0]
         return torch.softmax(log_parts, dim=1), solved
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """E[dx_t/dt | x_t = x]."""
+        t = _one_time(t).to(x)
         weights, solved = self._responsible(x, t)
-        t = t.to(x)
         a, s = self.path.alpha(t)[..., None, None], self.path.sigma(t)[..., None, None]
         da, ds = self.path.alpha_dot(t)[..., None, None], self.path.sigma_dot(t)[..., None, None]
         drift = ds * self.means0 + da * self.means1
@@ -125,14 +125,19 @@ class MixtureField(nn.Module):
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
         """E[x1 | x_t = x], (B, D)."""
         weights, solved = self._responsible(x, t)
-        a = self.path.alpha(t.to(x))[..., None, None]
+        a = self.path.alpha(_one_time(t).to(x))[..., None, None]
         shift = a[..., None] * self.covariances1 @ solved[..., None]
         return torch.einsum("bk,bkd->bd", weights, self.means1 + shift[..., 0])
 
     def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
         """log p_t(x), (B,)."""
-        means, covariances = self._components(t.to(x))
+        means, covariances = self._components(_one_time(t).to(x))
         return torch.logsumexp(_log_components(x, means, covariances, self.log_weights), dim=1)
+
+
+def _one_time(t: Tensor) -> Tensor:
+    """A number that was expanded to all rows as that number again: one set of components instead of one a row."""
+    return t[0] if t.ndim and t.stride(0) == 0 else t
 
 
 def _log_components(x: Tensor, means: Tensor, covariances: Tensor, log_weights: Tensor) -> Tensor:

@@ -119,6 +119,11 @@ class Evaluation:
         return asdict(self)
 
 
+def features_of(extractor: Any, samples: Tensor) -> Tensor:
+    """Features (N, D) of samples, in batches where they are images."""
+    return extractor(samples) if isinstance(extractor, Coordinates) else metrics.extract(extractor, samples)
+
+
 def make_reference(
     train_set: Source,
     held_out: Source,
@@ -150,8 +155,8 @@ def make_reference(
         extractor = _classifier(train_set.name, train_batch, held_batch, cache, seed)
     else:
         extractor = Coordinates()
-    features = metrics.extract(extractor, train)
-    floor = metrics.frechet_distance(metrics.extract(extractor, held), features)
+    features = features_of(extractor, train)
+    floor = metrics.frechet_distance(features_of(extractor, held), features)
     return Reference(train, held, extractor, features, floor)
 
 
@@ -224,7 +229,7 @@ def evaluate_flow(
 def _score(
     samples: dict[str, Tensor], reference: Reference, steps: int, evaluations: int, memory: Any, seed: int
 ) -> StepScores:
-    features = metrics.extract(reference.extractor, samples["x1"])
+    features = features_of(reference.extractor, samples["x1"])
     draws = seeded(seed, steps, 40)
     sets = metrics.evaluate_sets(reference.train_features, features, resamples=50, generator=draws)
     accuracy = None

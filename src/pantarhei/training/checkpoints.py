@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pantarhei.files import read_json, read_tensors, sync_folder, write_json, write_tensors
+from pantarhei.files import is_leftover, read_json, read_tensors, sync_folder, write_json, write_tensors
 from pantarhei.training.averages import Average
 from pantarhei.training.task import Task, unwrapped
 
@@ -141,7 +141,9 @@ def newest(folder: Path) -> Path | None:
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Remove all but the last `keep` checkpoints and the best one."""
+    """Remove all but the last `keep` checkpoints and the best one, and what killed processes left half-written."""
+    for path in filter(is_leftover, list(folder.iterdir())):
+        shutil.rmtree(path, ignore_errors=True)
     complete = sorted(p for p in folder.glob("[0-9]*") if p.is_dir())
     for path in complete[: max(0, len(complete) - keep)]:
         if best is None or path.name != f"{best:08d}":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -303,8 +304,8 @@ class Trainer:
                     text = self._log(window)
                     progress.update(self.iteration, text)
                     window = _Window()
-                if settings.preview_every and (last or self.iteration % settings.preview_every == 0) and self.rank == 0:
-                    self.task.preview(self.run.samples, self.iteration)
+                if settings.preview_every and (last or self.iteration % settings.preview_every == 0):
+                    self._preview()
                 stopped = self._agree(self._stop)
                 done = self.task.done
                 if last or stopped or done or self.iteration % settings.checkpoint_every == 0:
@@ -313,6 +314,14 @@ class Trainer:
                     reason = "finished" if last else "interrupted" if stopped else "done"
                     break
         return TrainResult(self.run, self.iteration, reason, self.seconds)
+
+    def _preview(self) -> None:
+        """Pictures by the first process; every forward of a sharded network needs the others too."""
+        if self.rank == 0:
+            self.task.preview(self.run.samples, self.iteration)
+        elif self.settings.strategy == "fsdp":
+            with tempfile.TemporaryDirectory() as unseen:
+                self.task.preview(Path(unseen), self.iteration)
 
     def _laid_out(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.settings.channels_last:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any, Literal
 
@@ -36,8 +37,7 @@ def make_fabric(
         # Left to themselves the sizes are (nodes, devices): the devices of a node would be tensor-parallel, not sharded.
         chosen = ModelParallelStrategy(_fully_shard, data_parallel_size=devices * nodes, tensor_parallel_size=1)
     elif strategy == "ddp" or (strategy == "auto" and several):
-        # Buffers stay each process's own: broadcasting them writes in place between two forwards of one backward.
-        chosen = DDPStrategy(broadcast_buffers=False)
+        chosen = DDPStrategy(**_own_buffers())
     elif strategy != "auto":
         raise ValueError(f"strategy: must be auto, ddp or fsdp, got {strategy!r}")
     fabric = Fabric(
@@ -51,8 +51,19 @@ def make_fabric(
     return fabric
 
 
+def _own_buffers() -> dict[str, bool]:
+    """Buffers stay each process's own: broadcasting them writes in place between two forwards of one backward."""
+    options = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"  # its older name
+    return {name: False}
+
+
 def _fully_shard(module: nn.Module, device_mesh: Any) -> nn.Module:
-    """FSDP2: shard each block of a list of blocks, then the rest."""
+    """FSDP2: shard each block of a list of blocks, then the rest.
+
+    The rest, too, is sharded again after a forward: one without a backward (a preview, a validation) must not leave
+    whole parameters behind where the optimiser, the average and the checkpoint expect shards.
+    """
     from torch.distributed.fsdp import fully_shard
 
     mesh = device_mesh["data_parallel"] if "data_parallel" in (device_mesh.mesh_dim_names or ()) else device_mesh
@@ -60,8 +71,8 @@ def _fully_shard(module: nn.Module, device_mesh: Any) -> nn.Module:
         if isinstance(part, (nn.ModuleList, nn.Sequential)):
             for block in part:
                 if not isinstance(block, (nn.ModuleList, nn.Sequential)) and any(True for _ in block.parameters()):
-                    fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+                    fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return module
 
 
