@@ -51,7 +51,7 @@ def make_fabric(
     return fabric
 
 
-def _own_buffers() -> dict[str, bool]:
+def _own_buffers() -> dict[str, Any]:
     """Buffers stay each process's own: broadcasting them writes in place between two forwards of one backward."""
     options = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"  # its older name
