@@ -20,6 +20,7 @@ VERBS: dict[str, dict[str, tuple[str, str, str]]] = {
     },
     "sample": {"": ("sample", "sample", "draw samples from a run")},
     "evaluate": {"": ("evaluate", "evaluate", "score a run's samples against its data, for several numbers of steps")},
+    "convert": {"": ("convert", "convert", "published checkpoints to folders of ours, and back")},
     "info": {"": ("info", "info", "what a run, a saved flow or a pair store is")},
     "list": {"": ("info", "list_names", "systems, recipes, methods, paths and other names")},
 }

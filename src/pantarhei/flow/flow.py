@@ -79,6 +79,8 @@ class Flow(nn.Module):
         null: for each condition, the value that means "no condition" (enables guidance and dropout).
         conditions: names of conditions without a null value.
         codec: optional latent codec.
+        interval: times that the network was trained on, where these are fewer than the prediction allows. Sampling then
+            starts (and inversion ends) at the first of them, with the state of t = 0.
         provenance: where it comes from.
 
     Times run from 0 (source) to 1 (data) and are handed to the network as they are.
@@ -95,6 +97,7 @@ class Flow(nn.Module):
         null: Mapping[str, Null] | None = None,
         conditions: Sequence[str] = (),
         codec: Codec | None = None,
+        interval: Sequence[float] | None = None,
         provenance: Provenance | None = None,
     ):
         super().__init__()
@@ -117,6 +120,14 @@ class Flow(nn.Module):
             self._interval = self.prediction.interval(self.path)
             ends = torch.tensor(self._interval, dtype=torch.float64)
             self._first_sigma, self._last_sigma = self.path.sigma(ends).tolist()
+        self._narrowed = interval is not None
+        if interval is not None:
+            (low, high), (first, last) = self._interval, (float(t) for t in interval)
+            if not low <= first < last <= high:
+                raise ValueError(f"interval: must lie inside [{low:g}, {high:g}], got [{first:g}, {last:g}]")
+            self._interval = (first, last)
+            if isinstance(self.path, AffinePath):
+                self._last_sigma = float(self.path.sigma(torch.tensor(last, dtype=torch.float64)))
 
     # What the flow knows of itself
 
@@ -144,6 +155,7 @@ class Flow(nn.Module):
             "shape": list(self.shape) if self.shape is not None else None,
             "null": {k: v.tolist() if isinstance(v, Tensor) else v for k, v in self.null.items()},
             "conditions": list(self.conditions),
+            **({"interval": list(self._interval)} if self._narrowed else {}),
             "provenance": asdict(self.provenance),
         }
 
@@ -176,6 +188,7 @@ class Flow(nn.Module):
             null=self.null,
             conditions=self.conditions,
             codec=self.codec,
+            interval=self._interval if self._narrowed else None,
             provenance=changed,
         )
 

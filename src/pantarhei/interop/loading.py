@@ -1,4 +1,4 @@
-"""`load`: a flow from a run folder or a folder written by `save_pretrained`."""
+"""`load`: a flow from a run folder, a folder written by `save_pretrained`, or somebody else's checkpoint file."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from typing import Any, Literal
 
 from torch import nn
 
+from pantarhei.data.pickles import load_weights as read_weights
 from pantarhei.files import read_json, read_tensors
 from pantarhei.flow import Flow
 from pantarhei.flow.pretrained import SPEC, build_network, from_pretrained, load_weights
+from pantarhei.interop import score_sde
 from pantarhei.training import checkpoints
 from pantarhei.training.runs import CONFIG, Run
+
+# Whose files are known: name, `recognise(content)`, `read(path, content, averaged=, **overrides)`.
+READERS = {"score_sde (rectified flow)": score_sde}
 
 
 def load(
@@ -25,19 +30,23 @@ def load(
     """Open a flow.
 
     Args:
-        where: a run folder, or a folder written by `Flow.save_pretrained`.
+        where: a run folder, a folder written by `Flow.save_pretrained`, or a checkpoint file of the rectified flow
+            authors (`.pth`, or its weights as safetensors).
         network: needed where the network is not one of ours; the weights are loaded into it.
         checkpoint: of a run: the newest, the best by validation, or an iteration.
-        averaged: of a run: take the moving average where there is one.
-        overrides: what a saved flow cannot hold (source, path, codec).
+        averaged: take the moving average where there is one.
+        overrides: what a saved flow cannot hold (source, path, codec); of a file, what it does not say (`rectified`,
+            `size`: see `interop.score_sde.read`).
 
     Raises:
         FileNotFoundError: there is nothing to load, or no such checkpoint.
         ValueError: a file is damaged, or the weights do not fit.
     """
     folder = Path(where)
+    if folder.is_file():
+        return _read_file(folder, averaged=averaged, **overrides)
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
+        raise FileNotFoundError(f"there is no folder or file {folder}")
     if (folder / SPEC).is_file():
         return from_pretrained(folder, network, **overrides)
     if not (folder / CONFIG).is_file():
@@ -55,6 +64,15 @@ def load(
     own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     load_weights(network, own, str(chosen / checkpoints.MODEL))
     return Flow.from_spec(task["flow"], network.eval(), **overrides)
+
+
+def _read_file(path: Path, **options: Any) -> Flow:
+    content = read_weights(path)
+    for reader in READERS.values():
+        if reader.recognise(content):
+            return reader.read(path, content, **options)
+    names = ", ".join(list(content)[:4])
+    raise ValueError(f"{path} is no checkpoint that is known here ({', '.join(READERS)}); its first names are {names}")
 
 
 def find_checkpoint(run: Run, which: Literal["newest", "best"] | int) -> Path:

@@ -10,10 +10,11 @@ from torch import nn
 
 from pantarhei.naming import build as _build
 from pantarhei.networks.mlp import MLP, MLPConfig
+from pantarhei.networks.ncsnpp import NCSNpp, NCSNppConfig
 from pantarhei.networks.unet import UNet, UNetConfig
 
-CONFIGS: dict[str, type[Any]] = {"unet": UNetConfig, "mlp": MLPConfig}
-NETWORKS: dict[type[Any], type[nn.Module]] = {UNetConfig: UNet, MLPConfig: MLP}
+CONFIGS: dict[str, type[Any]] = {"unet": UNetConfig, "ncsnpp": NCSNppConfig, "mlp": MLPConfig}
+NETWORKS: dict[type[Any], type[nn.Module]] = {UNetConfig: UNet, NCSNppConfig: NCSNpp, MLPConfig: MLP}
 
 
 def build(spec: Mapping[str, Any]) -> nn.Module:
@@ -35,4 +36,4 @@ def spec_of(network: nn.Module) -> dict[str, Any] | None:
     return {"name": name, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}}
 
 
-__all__ = ["MLP", "MLPConfig", "UNet", "UNetConfig", "build", "spec_of"]
+__all__ = ["MLP", "MLPConfig", "NCSNpp", "NCSNppConfig", "UNet", "UNetConfig", "build", "spec_of"]
