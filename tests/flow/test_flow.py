@@ -216,7 +216,7 @@ def test_a_flow_rebuilds_from_its_spec():
     again = Flow.from_spec(flow.spec(), flow.network)
     assert again.spec() == flow.spec()
     with pytest.raises(ValueError, match="source="):
-        Flow.from_spec(Flow(Toy(), source=torch.zeros(3, 2)).spec(), Toy())
+        Flow.from_spec(Flow(Toy(), source=torch.zeros(3, 2), shape=(2,)).spec(), Toy()).sample(3)
 
 
 def test_sample_refuses_bad_input():

@@ -117,8 +117,10 @@ def test_reflow_straightens_and_one_step_becomes_good(tmp_path):
     pairs = make_pairs(teacher(), 6000, tmp_path / "pairs", solver=Solver("heun", 30))
     torch.manual_seed(0)
     # The student of an exact field is a fresh network; its flow is otherwise the teacher's.
-    student = teacher().like(MLP(MLPConfig(width=64, layers=3)))
-    task = reflow_task(student, pairs, optimization=pr.Optimization(lr=3e-3, decay="cosine"), average=0.99)
+    start = MLP(MLPConfig(width=64, layers=3))
+    task = reflow_task(
+        teacher(), pairs, start=start, optimization=pr.Optimization(lr=3e-3, decay="cosine"), average=0.99
+    )
     pr.train(task, tmp_path / "run", iterations=700, batch=256, **QUIET)
     fast = task.result()
     assert fast.provenance.rectified == 1
@@ -146,8 +148,8 @@ def test_reflow_from_python_end_to_end(tmp_path):
     label = torch.tensor([0, 1])
     x0 = torch.randn(2, 2)
     assert torch.equal(again.sample(x0=x0, steps=1, condition=label), fast.sample(x0=x0, steps=1, condition=label))
-    unfinished = ShardStore.create(tmp_path / "unfinished", 9, {"flow": flow.spec(), "guidance": 1.0}, shard_size=3)
-    with pytest.raises(ValueError, match="3 of 3 shards are missing"):
+    unfinished = ShardStore.create(tmp_path / "unfinished", 9, {"kind": "pairs", "flow": flow.spec()}, shard_size=3)
+    with pytest.raises(ValueError, match="3 of its shards are missing"):
         reflow_task(flow, unfinished)
 
 

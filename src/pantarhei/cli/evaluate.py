@@ -7,12 +7,9 @@ from typing import Literal
 
 import tyro
 
-from pantarhei.data import Source
+from pantarhei.cli.opening import Device, data_of, open_flow
 from pantarhei.files import write_json
-from pantarhei.interop import load
-from pantarhei.recipes.evaluation import evaluate_flow, make_reference
-from pantarhei.recipes.rectified_flow import config_of
-from pantarhei.training import Run
+from pantarhei.recipes.evaluation import bits_per_dimension, evaluate_flow, make_reference
 
 
 def evaluate(
@@ -23,7 +20,9 @@ def evaluate(
     method: Literal["euler", "midpoint", "heun", "rk4"] = "euler",
     guidance: float = 1.0,
     inception: Path | None = None,
+    likelihood: int = 0,
     batch: int = 256,
+    device: Device = "auto",
     out: Path | None = None,
 ) -> int:
     """Print a table of quality against steps and write `evaluation.json`.
@@ -36,14 +35,18 @@ def evaluate(
         method: of the sampler.
         guidance: classifier-free guidance scale.
         inception: file of Inception weights; without it features come from a small classifier trained on the data.
+        likelihood: held-out images whose bits per dimension are measured too; 0 for none.
         batch: samples at a time.
+        device: where to run.
         out: where to write; RUN/evaluation.json by default.
     """
     if count < 10:
         raise ValueError(f"--count: at least 10 samples are needed, got {count}")
     if not steps or min(steps) < 1:
         raise ValueError(f"--steps: every number must be at least 1, got {list(steps)}")
-    flow = load(run)
+    if likelihood < 0:
+        raise ValueError(f"--likelihood: must not be negative, got {likelihood}")
+    flow = open_flow(run, device=device)
     train_set, held_out = data_of(run)
     reference = make_reference(train_set, held_out, inception=inception, cache=run / "classifier.safetensors")
     result = evaluate_flow(
@@ -58,19 +61,15 @@ def evaluate(
         batch=batch,
         progress=True,
     )
-    path = write_json(out or run / "evaluation.json", {"run": str(run), **result.data()})
+    bits = None
+    if likelihood:
+        bits = bits_per_dimension(flow, held_out, likelihood, seed=seed, batch=batch)
+    found = {"run": str(run), **result.data(), **({} if bits is None else {"bits_per_dimension": bits})}
+    path = write_json(out or run / "evaluation.json", found)
     print(result.table().text())
+    if bits is not None:
+        print(
+            f"bits per dimension: {bits['mean']:.3f} +- {bits['standard_error']:.3f} ({bits['images']} held-out images)"
+        )
     print(path)
     return 0
-
-
-def data_of(run: Path) -> tuple[Source, Source]:
-    """Training and held-out data of a run (of its teacher's recipe, for a straightened one).
-
-    Raises:
-        ValueError: the run does not say what it was trained on.
-    """
-    config = Run.open(run).config
-    if not config.get("recipe"):
-        raise ValueError(f"{run} does not name data that can be opened again; evaluate it from Python")
-    return config_of(config).data.open()

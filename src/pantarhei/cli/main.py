@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -16,11 +17,16 @@ VERBS: dict[str, dict[str, tuple[str, str, str]]] = {
     "quickstart": {"": ("quickstart", "quickstart", "train on digits, straighten, and look at a page (a few minutes)")},
     "train": {"rectified-flow": ("train", "train_rectified_flow", "train a rectified flow on images or points")},
     "straighten": {
-        "reflow": ("straighten", "straighten_reflow", "train a flow on its own pairs so that few steps suffice")
+        "reflow": ("straighten", "straighten_reflow", "train a flow on its own pairs so that few steps suffice"),
+        "distil": ("straighten", "straighten_distil", "distil a flow to a few steps on its own pairs"),
     },
     "sample": {"": ("sample", "sample", "draw samples from a run")},
+    "invert": {"": ("sample", "invert", "run a flow backwards: data to noise, or the second data set to the first")},
     "evaluate": {"": ("evaluate", "evaluate", "score a run's samples against its data, for several numbers of steps")},
     "convert": {"": ("convert", "convert", "published checkpoints to folders of ours, and back")},
+    "analyze": {"": ("analyze", "analyze", "straightness, costs, balance and marginals of a flow, on a page")},
+    "adapt": {"": ("adapt", "adapt", "carry features of one domain to another, for a classifier trained there")},
+    "reproduce": {"": ("reproduce", "reproduce", "run the experiments behind a system's claims, several seeds")},
     "info": {"": ("info", "info", "what a run, a saved flow or a pair store is")},
     "list": {"": ("info", "list_names", "systems, recipes, methods, paths and other names")},
 }
@@ -67,6 +73,7 @@ def _run(arguments: list[str]) -> int:
     command = getattr(importlib.import_module(f"pantarhei.cli.{module}"), function)
     import tyro
 
+    arguments, command, summary = with_preset(arguments, command, summary)
     try:
         settings = (tyro.conf.OmitArgPrefixes,)
         prog = f"pantarhei {verb} {kind}".strip()
@@ -74,6 +81,28 @@ def _run(arguments: list[str]) -> int:
     except SystemExit as stop:  # tyro has printed its help or what it did not understand
         return int(stop.code or 0)
     return int(result or 0)
+
+
+def with_preset(arguments: list[str], command: Any, summary: str) -> tuple[list[str], Any, str]:
+    """`--preset NAME` sets defaults, which other options change: it is taken off before these are read.
+
+    A command that has presets carries them as `command.presets`, name -> its keyword arguments.
+    """
+    presets = getattr(command, "presets", None)
+    if presets is None:
+        return arguments, command, summary
+    summary = f"{summary}. --preset {{{','.join(presets)}}} sets the defaults shown below; other options change them"
+    for i, word in enumerate(arguments):
+        name, _, value = word.partition("=")
+        if name != "--preset":
+            continue
+        rest = arguments[i + 1 :]
+        if not value:
+            value, rest = (rest[0], rest[1:]) if rest else ("", [])
+        if value not in presets:
+            raise ValueError(unknown("--preset", value, presets))
+        return arguments[:i] + rest, functools.partial(command, **presets[value]), summary
+    return arguments, command, summary
 
 
 def _overview() -> str:

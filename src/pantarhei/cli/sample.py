@@ -1,22 +1,22 @@
-"""`pantarhei sample RUN`."""
+"""`pantarhei sample RUN` and `pantarhei invert RUN`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
 from torch import Tensor
 
-from pantarhei.cli.evaluate import data_of
+from pantarhei.cli.opening import Device, data_of, default_steps, open_flow, read_input
 from pantarhei.data import Source
+from pantarhei.data.seeds import generator as seeded
 from pantarhei.files import write_tensors
-from pantarhei.flow import Flow
+from pantarhei.flow import Flow, Stretched
 from pantarhei.flow.numbered import Conditions, join, numbered_samples
-from pantarhei.interop import load
 from pantarhei.report import save_image_grid
 from pantarhei.report.figures import scatter_2d
 
@@ -27,55 +27,144 @@ def sample(
     run: tyro.conf.Positional[Path],
     out: Path,
     count: int = 64,
-    steps: int = 50,
+    steps: int | None = None,
     method: Method = "euler",
     label: int | None = None,
     guidance: float = 1.0,
     shift: float = 1.0,
+    sde: bool = False,
+    epsilon: float = 0.5,
+    published_grid: bool = False,
+    input: Path | None = None,
     seed: int = 0,
     batch: int = 256,
     checkpoint: str = "newest",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Device = "auto",
 ) -> int:
-    """Write `samples.png` (a grid) and `samples.safetensors` (`x` float32, and `label` where there is one).
+    """Write `samples.png` (a grid) and `samples.safetensors` (`x` float32, `x0`, and `label` where there is one).
+
+    A flow between two data sets starts from held-out items of the first, or from `--input`.
 
     Args:
         run: a run folder or a saved flow.
         out: folder to write into.
         count: number of samples.
-        steps: sampling steps.
+        steps: sampling steps; 50, or what a distilled flow was made for.
         method: of the sampler; each step of heun and midpoint costs two evaluations, of rk4 four.
         label: class of all samples; drawn evenly where it is left out.
         guidance: classifier-free guidance scale; 1 is none.
         shift: resolution shift of the time grid; above 1 spends more steps near the noise.
-        seed: sample i depends on (seed, i) only.
+        sde: sample the stochastic equation with the same marginals (Euler-Maruyama).
+        epsilon: its amount of noise.
+        published_grid: Euler steps as the published rectified flow code takes them, to compare with its figures.
+        input: images (a folder, zip or file) or a .safetensors file with x to start from.
+        seed: sample i depends on (seed, i) only; the noise of --sde on --batch too.
         batch: samples at a time.
         checkpoint: newest, best or an iteration.
         device: where to run.
     """
-    if count < 1 or batch < 1:
-        raise ValueError(f"--count, --batch: must be at least 1, got {count} and {batch}")
-    if steps < 1:
-        raise ValueError(f"--steps: must be at least 1, got {steps}")
-    flow = load(run, checkpoint=_checkpoint(checkpoint))
-    flow.to(_device(device))
-    conditions: Conditions | Source | None = None if label is None else _fixed_label(flow, label)
-    if conditions is None and flow.conditions and flow.conditions != ("label",):
-        conditions = data_of(run)[1]
+    _check(count, batch, steps)
+    flow = open_flow(run, checkpoint, device)
+    options: dict[str, Any] = {"steps": steps or default_steps(flow), "guidance": guidance, "shift": shift}
+    if not sde:
+        options["method"] = method
+    elif method != "euler":
+        raise ValueError("--sde: takes Euler-Maruyama steps; leave --method out")
+    else:
+        options |= {"epsilon": epsilon, "generator": seeded(seed, 50, device=flow.device)}
+    if published_grid:
+        if not flow.interval[0] > 0:
+            raise ValueError("--published-grid: is for networks trained from a first time on, such as 0.001")
+        options["transforms"] = [Stretched(1 / (1 - flow.interval[0]))]
+    conditions = _conditions(run, flow, label)
     began = time.monotonic()
-    options = {"steps": steps, "method": method, "guidance": guidance, "shift": shift}
-    found = join(numbered_samples(flow, range(count), seed=seed, conditions=conditions, batch=batch, **options))
+    if input is None:
+        found = join(numbered_samples(flow, range(count), seed=seed, conditions=conditions, batch=batch, **options))
+    else:
+        found = _from_input(flow, read_input(input, flow, count), conditions, batch, options)
     seconds = time.monotonic() - began
     x = found["x1"]
-    tensors = {"x": x, **{k: v for k, v in found.items() if k not in ("x0", "x1")}}
-    metadata = {"run": str(run), "seed": str(seed), "steps": str(steps), "method": method, "guidance": str(guidance)}
-    write_tensors(out / "samples.safetensors", tensors, metadata)
-    if x.ndim == 4 and x.shape[1] in (1, 3, 4):
-        save_image_grid(x[:256], out / "samples.png")
-    elif x.ndim == 2 and x.shape[1] == 2:
-        scatter_2d({f"{count} samples, {steps} steps": x}).savefig(out / "samples.png", dpi=120)
-    print(f"{count} samples in {seconds:.2f} s ({count / seconds:.0f} a second) in {out}")
+    metadata = {k: str(v) for k, v in {"run": run, "seed": seed, **options}.items() if k != "generator"}
+    write_tensors(out / "samples.safetensors", {"x": x, **{k: v for k, v in found.items() if k != "x1"}}, metadata)
+    _picture(x, out / "samples.png", f"{len(x)} samples, {options['steps']} steps")
+    if not getattr(flow.source, "gaussian", False):
+        _picture(found["x0"], out / "starts.png", "what they started from")
+    print(f"{len(x)} samples in {seconds:.2f} s ({len(x) / seconds:.0f} a second) in {out}")
     return 0
+
+
+def invert(
+    run: tyro.conf.Positional[Path],
+    out: Path,
+    count: int = 64,
+    steps: int | None = None,
+    method: Method = "heun",
+    input: Path | None = None,
+    seed: int = 0,
+    batch: int = 256,
+    checkpoint: str = "newest",
+    device: Device = "auto",
+) -> int:
+    """Run a flow backwards: data to noise, or the second data set of a transfer to the first.
+
+    Writes `inverted.safetensors` (`x0`, the data `x`, their `reconstruction`, and `label` where there is one) and pictures,
+    and prints how well the way back and forth reconstructs.
+
+    Args:
+        run: a run folder or a saved flow.
+        out: folder to write into.
+        count: how many items.
+        steps: steps each way; 50, or what a distilled flow was made for.
+        method: of the sampler.
+        input: images (a folder, zip or file) or a .safetensors file with x; held-out data of the run by default.
+        seed: which held-out items.
+        batch: items at a time.
+        checkpoint: newest, best or an iteration.
+        device: where to run.
+    """
+    _check(count, batch, steps)
+    flow = open_flow(run, checkpoint, device)
+    options = {"steps": steps or default_steps(flow), "method": method}
+    if input is not None:
+        items = {"x1": read_input(input, flow, count)}
+        if flow.conditions:
+            items["label"] = _null_labels(flow, len(items["x1"]))
+    else:
+        held_out = data_of(run)[1]
+        rows = torch.randperm(len(held_out), generator=seeded(seed, 51))[:count]
+        items = held_out.fetch(rows)
+    parts = []
+    for first in range(0, len(items["x1"]), batch):
+        x = items["x1"][first : first + batch].to(flow.device, flow.dtype)
+        condition = {name: items[name][first : first + batch] for name in flow.conditions} or None
+        x0 = flow.invert(x, condition=condition, **options)
+        back = flow.sample(x0=x0, condition=condition, **options)
+        parts.append({"x": x.float().cpu(), "x0": x0.float().cpu(), "reconstruction": back.float().cpu()})
+    found = join(iter(parts)) | {name: items[name] for name in flow.conditions}
+    write_tensors(out / "inverted.safetensors", found, {"run": str(run), **{k: str(v) for k, v in options.items()}})
+    for name in ("x", "x0", "reconstruction"):
+        _picture(found[name], out / f"{name}.png", name)
+    x, back, x0 = found["x"], found["reconstruction"], found["x0"]
+    error = float((back - x).square().mean().sqrt())
+    print(
+        f"{len(x)} items, {options['steps']} {method} steps each way: reconstruction error {error:.4g} (root mean square; "
+        f"the data's deviation is {float(x.std()):.3g}); x0 has mean {float(x0.mean()):.3g}, deviation {float(x0.std()):.3g}"
+    )
+    print(out)
+    return 0
+
+
+def _check(count: int, batch: int, steps: int | None) -> None:
+    if count < 1 or batch < 1:
+        raise ValueError(f"--count, --batch: must be at least 1, got {count} and {batch}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps: must be at least 1, got {steps}")
+
+
+def _conditions(run: Path, flow: Flow, label: int | None) -> Conditions | Source | None:
+    if label is not None:
+        return _fixed_label(flow, label)
+    return data_of(run)[1] if flow.conditions and flow.conditions != ("label",) else None
 
 
 def _fixed_label(flow: Flow, label: int) -> Conditions:
@@ -91,19 +180,28 @@ def _fixed_label(flow: Flow, label: int) -> Conditions:
     return fixed
 
 
-def _checkpoint(name: str) -> Literal["newest", "best"] | int:
-    if name == "newest":
-        return "newest"
-    if name == "best":
-        return "best"
-    if not name.isdigit():
-        raise ValueError(f"--checkpoint: newest, best or an iteration is needed, got {name!r}")
-    return int(name)
+def _null_labels(flow: Flow, count: int) -> Tensor:
+    null = flow.null.get("label")
+    if flow.conditions != ("label",) or not isinstance(null, int):
+        raise ValueError(f"--input: this flow is conditioned on {', '.join(flow.conditions)}, which the input lacks")
+    return torch.full((count,), null)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: this machine has no CUDA device; use cpu or auto")
-    return torch.device(name)
+def _from_input(flow: Flow, x0: Tensor, conditions: Any, batch: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    parts = []
+    for first in range(0, len(x0), batch):
+        part = x0[first : first + batch]
+        named = {} if conditions is None else conditions(range(first, first + len(part)))
+        if flow.conditions and not named:
+            named = {"label": _null_labels(flow, len(part))}
+        x1 = flow.sample(x0=part, condition=named or None, **options)
+        parts.append({"x0": part.float().cpu(), "x1": x1.float().cpu(), **named})
+    return join(iter(parts))
+
+
+def _picture(x: Tensor, path: Path, title: str) -> None:
+    """A grid of images or a scatter of points; nothing where neither shows anything."""
+    if x.ndim == 4 and x.shape[1] in (1, 3, 4):
+        save_image_grid(x[:256], path)
+    elif x.ndim == 2 and x.shape[1] == 2:
+        scatter_2d({title: x}).savefig(path, dpi=120)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pantarhei.recipes.cards import write_card
-from pantarhei.recipes.rectified_flow import RectifiedFlowConfig, build_task
+from pantarhei.recipes.rectified_flow import PRESETS, RectifiedFlowConfig, build_task
 from pantarhei.training import TrainResult, train
 
 
@@ -81,7 +81,7 @@ def train_rectified_flow(
     machines: Machines = Machines(),
     keeping: Keeping = Keeping(),
 ) -> int:
-    """Train a rectified flow.
+    """Train a rectified flow: from noise to data, or from one data set to another.
 
     Args:
         out: run folder.
@@ -108,6 +108,18 @@ def train_rectified_flow(
         **keeping.options(),
     )
     return report_end(result)
+
+
+train_rectified_flow.presets = {  # type: ignore[attr-defined]
+    name: {
+        "recipe": preset.recipe,
+        "iterations": preset.iterations,
+        "batch": preset.batch,
+        "machines": Machines(**preset.machines),
+        "keeping": Keeping(**preset.keeping),
+    }
+    for name, preset in PRESETS.items()
+}
 
 
 def check_new(out: Path, resume: bool) -> None:

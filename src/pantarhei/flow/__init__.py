@@ -3,29 +3,38 @@
 from pantarhei.flow import couplings, objectives, paths, predictions, sources, times
 from pantarhei.flow.closed_form import GaussianMixture, MixtureField
 from pantarhei.flow.conditions import Condition
+from pantarhei.flow.feature_jacobian import FeatureJacobian
 from pantarhei.flow.flow import Flow, Provenance, evaluation_mode
 from pantarhei.flow.grids import make_grid
 from pantarhei.flow.likelihood import Likelihood, log_likelihood
-from pantarhei.flow.metrics import Perceptual, PseudoHuber, squared
+from pantarhei.flow.metrics import GradientPyramid, Perceptual, PseudoHuber, squared
+from pantarhei.flow.nonparametric import EmpiricalField, NeighbourField
 from pantarhei.flow.objectives import FlowMatching, Objective, Term
-from pantarhei.flow.transforms import FieldTransform, Guidance
+from pantarhei.flow.stochastic import fading, transport_sde
+from pantarhei.flow.transforms import FieldTransform, Guidance, Stretched
 
 __all__ = [
     "Condition",
+    "EmpiricalField",
+    "FeatureJacobian",
     "FieldTransform",
     "Flow",
     "FlowMatching",
     "GaussianMixture",
+    "GradientPyramid",
     "Guidance",
     "Likelihood",
     "MixtureField",
+    "NeighbourField",
     "Objective",
     "Perceptual",
     "Provenance",
     "PseudoHuber",
+    "Stretched",
     "Term",
     "couplings",
     "evaluation_mode",
+    "fading",
     "log_likelihood",
     "make_grid",
     "objectives",
@@ -34,4 +43,5 @@ __all__ = [
     "sources",
     "squared",
     "times",
+    "transport_sde",
 ]

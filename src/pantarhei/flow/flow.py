@@ -19,6 +19,7 @@ from pantarhei.flow.likelihood import Divergence, Likelihood, log_likelihood
 from pantarhei.flow.paths import AffinePath, build_path
 from pantarhei.flow.predictions import Ends, Prediction, PredictionName, as_rows, build_prediction, check_times
 from pantarhei.flow.sources import SourceLaw, build_source
+from pantarhei.flow.stochastic import Epsilon, transport_sde
 from pantarhei.flow.transforms import FieldTransform, Guidance, TransformedField
 from pantarhei.solve import Solution, ode
 from pantarhei.solve.methods import MethodName, as_step
@@ -253,7 +254,7 @@ class Flow(nn.Module):
             ValueError: where the source is not Gaussian or noise and data are not independent (after reflow, say), with
                 the reason; and where sigma(t) is 0.
         """
-        self._require_marginals("the score")
+        self.require_score()
         sigma = self.path.at(t, x).sigma
         if bool((sigma <= 0).any()):
             raise ValueError("t: the score is unbounded where sigma(t) = 0; take t below 1")
@@ -341,6 +342,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
         final: Literal["auto", "denoise", "state"] = "auto",
         decode: bool = True,
+        epsilon: Epsilon | None = None,
         **options: Any,
     ) -> Tensor:
         """Draw samples: x0 from the source, carried to the data end.
@@ -353,6 +355,8 @@ class Flow(nn.Module):
             final: "denoise" ends with one more evaluation, E[x1 | x]; "state" does not; "auto" does so where noise is
                 left at the end of the interval (VE, EDM, VP; a data prediction).
             decode: pass the result through the codec.
+            epsilon: sample the SDE with this much noise (a number or a function of t) instead of the ODE; see
+                `transport_sde`. `generator` draws its noise too.
             options: `steps=50`, `method="euler"`, `grid`, `shift`, `guidance`, hooks: see `transport`.
 
         Returns:
@@ -365,7 +369,11 @@ class Flow(nn.Module):
             raise ValueError(f"count: {count} samples asked, but x0 has {x0.shape[0]} rows")
         x = self._first_sigma * x0
         with evaluation_mode(self.network):
-            x = self.transport(x, (low, high), condition=condition, **options).x
+            if epsilon is None:
+                x = self.transport(x, (low, high), condition=condition, **options).x
+            else:
+                options["generator"] = generator
+                x = transport_sde(self, x, (low, high), epsilon, condition=condition, **options).x
             if final == "denoise" or (final == "auto" and self._last_sigma > CLEAN):
                 t = x.new_full((), high, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
                 named = as_condition(condition, self.null, x.shape[0])
@@ -457,12 +465,19 @@ class Flow(nn.Module):
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return self.source.draw((count, *self.shape), like, as_condition(condition, self.null, count), generator)
 
-    def _require_marginals(self, what: str) -> None:
+    def require_score(self) -> None:
+        """Check that this flow has a score (and so SDEs with its marginals).
+
+        Raises:
+            ValueError: noise and data are not independent, the source is not Gaussian, or the path is not affine.
+        """
         reason = self.provenance.why_not_marginal()
+        if reason is None and not getattr(self.source, "gaussian", False):
+            reason = "its source is not Gaussian"
+        if reason is None and not isinstance(self.path, AffinePath):
+            reason = "its path is not affine"
         if reason:
-            raise ValueError(f"{what} of this flow is not known: {reason}")
-        if not getattr(self.source, "gaussian", False):
-            raise ValueError(f"{what} of this flow is not known: its source is not Gaussian")
+            raise ValueError(f"the score of this flow is not known: {reason}")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pantarhei.data.sources import Source
 from pantarhei.flow.conditions import Condition
 
 
@@ -48,13 +49,13 @@ class Samples:
     """x0 drawn from a set of samples (the source of a transfer between two data sets); no density.
 
     Args:
-        samples: (N, *sample shape), values as the network should see them.
+        samples: (N, *sample shape), values as the network should see them; or a data source, whose `x1` they are.
     """
 
     gaussian = False
 
-    def __init__(self, samples: Tensor):
-        if samples.ndim < 2 or samples.shape[0] < 1:
+    def __init__(self, samples: Tensor | Source):
+        if isinstance(samples, Tensor) and (samples.ndim < 2 or samples.shape[0] < 1):
             raise ValueError(f"samples: shape (N, ...) with N >= 1 is needed, got {tuple(samples.shape)}")
         self.samples = samples
 
@@ -62,23 +63,55 @@ class Samples:
         self, shape: Sequence[int], like: Tensor, condition: Condition | None, generator: torch.Generator | None
     ) -> Tensor:
         """Rows drawn with replacement."""
-        if tuple(shape[1:]) != tuple(self.samples.shape[1:]):
-            raise ValueError(f"source: samples have shape {tuple(self.samples.shape[1:])}, asked {tuple(shape[1:])}")
         device = generator.device if generator is not None else "cpu"
-        rows = torch.randint(self.samples.shape[0], (shape[0],), generator=generator, device=device)
-        return self.samples[rows.to(self.samples.device)].to(like)
+        rows = torch.randint(len(self.samples), (shape[0],), generator=generator, device=device)
+        x0 = self.take(rows)
+        if tuple(shape[1:]) != tuple(x0.shape[1:]):
+            raise ValueError(f"source: samples have shape {tuple(x0.shape[1:])}, asked {tuple(shape[1:])}")
+        return x0.to(like)
+
+    def take(self, rows: Tensor) -> Tensor:
+        """The samples at `rows`."""
+        if isinstance(self.samples, Tensor):
+            return self.samples[rows.to(self.samples.device)]
+        return self.samples.fetch(rows.cpu())["x1"]
 
     def spec(self) -> dict[str, Any]:
         """Samples are not saved with a flow; the spec only says that they were there."""
-        return {"name": "samples", "count": self.samples.shape[0]}
+        name = {} if isinstance(self.samples, Tensor) else {"of": self.samples.name}
+        return {"name": "samples", "count": len(self.samples), **name}
+
+
+class Absent:
+    """The source of a saved flow that starts from samples, which are not saved with it: only given x0 can be carried."""
+
+    gaussian = False
+
+    def __init__(self, spec: dict[str, Any]):
+        self._spec = spec
+
+    def draw(
+        self, shape: Sequence[int], like: Tensor, condition: Condition | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """There is nothing to draw from.
+
+        Raises:
+            ValueError: always; it says what to do.
+        """
+        of = f" ({self._spec['of']})" if "of" in self._spec else ""
+        raise ValueError(
+            f"source: this flow starts from samples{of} that are not saved with it; give x0= or load(source=)"
+        )
+
+    def spec(self) -> dict[str, Any]:
+        """As it was saved."""
+        return self._spec
 
 
 def build_source(spec: Any) -> SourceLaw:
-    """A source law from its spec, from samples (a tensor), or itself; None is the standard normal."""
+    """A source law from its spec, from samples (a tensor or a data source), or itself; None is the standard normal."""
     if spec is None or (isinstance(spec, dict) and spec["name"] == "normal"):
         return StandardNormal()
-    if isinstance(spec, Tensor):
-        return Samples(spec)
     if isinstance(spec, dict):
-        raise ValueError("source: this flow starts from samples that are not saved with it; pass source= when loading")
-    return spec
+        return Absent(spec)
+    return Samples(spec) if isinstance(spec, (Tensor, Source)) else spec

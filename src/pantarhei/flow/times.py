@@ -228,6 +228,31 @@ class Shifted(TimeLaw):
         return {"name": "shifted", "base": self.base.spec(), "shift": self.shift}
 
 
+@dataclass(frozen=True)
+class Steps(TimeLaw):
+    """The starts of `count` equal steps, equally likely: what a `count`-step sampler evaluates (distillation).
+
+    Attributes:
+        count: number of steps, at least 1.
+        reverse: the ends of the steps instead, for a sampler that runs from data to source.
+    """
+
+    count: int = 1
+    reverse: bool = False
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count: must be at least 1, got {self.count}")
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """floor(count u) / count, one step later in reverse."""
+        return (torch.floor(u * self.count) + (1 if self.reverse else 0)) / self.count
+
+    def pdf(self, t: Tensor) -> Tensor:
+        """There is none."""
+        raise ValueError("times: a law on finitely many times has no density")
+
+
 def shift_time(t: Any, shift: float) -> Any:
     """t / (shift - (shift - 1) t), of a tensor or a float; shift s / (1 + (shift - 1) s) on the noise level s = 1 - t."""
     return t / (shift - (shift - 1) * t)
@@ -241,6 +266,7 @@ TIME_LAWS: dict[str, type[TimeLaw]] = {
     "u-shaped": UShaped,
     "beta": Beta,
     "shifted": Shifted,
+    "steps": Steps,
 }
 
 

@@ -86,13 +86,14 @@ class ImageSource:
         return batch
 
     def describe(self) -> dict[str, Any]:
-        """Return name, kind, count, shape, dtype, conditions and classes."""
+        """Return name, kind, count, shape, dtype, levels of a pixel, conditions and classes."""
         return {
             "name": self.name,
             "kind": self._kind,
             "count": len(self),
             "shape": list(self.shape),
             "dtype": "float32",
+            "levels": round(2 * self._half) + 1,
             "conditions": {} if self.labels is None else {"label": {"shape": [], "dtype": "int64"}},
             "classes": self.classes,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -224,6 +225,55 @@ def evaluate_flow(
         guidance,
         seed,
     )
+
+
+def bits_per_dimension(
+    flow: Flow, held_out: Source, count: int, *, passes: int = 1, probes: int = 1, seed: int = 0, batch: int = 64
+) -> dict[str, Any]:
+    """-log2 p per dimension of held-out images, uniformly dequantised, by the probability-flow ODE (RK45, 1e-5).
+
+    Args:
+        flow: conditioned on nothing, or on the images' labels.
+        held_out: images whose `describe()` says how many `levels` a pixel has (256 by default).
+        count: how many images.
+        passes: how often each is dequantised anew (the published script takes 5).
+        probes: of the divergence.
+        seed: of the noise and the probes.
+        batch: images at a time.
+
+    Returns:
+        mean, standard_error over images, images, levels.
+
+    Raises:
+        ValueError: the data are no images, or the flow has no likelihood of the data.
+    """
+    levels = int(held_out.describe().get("levels", 256))
+    rows = torch.arange(min(count, len(held_out)))
+    values = []
+    for number in range(passes):
+        for part in rows.split(batch):
+            items = held_out.fetch(part)
+            if items["x1"].ndim != 4:
+                raise ValueError("likelihood: bits per dimension are for images")
+            draws = seeded(seed, number, int(part[0]), 41)
+            steps = torch.round((items["x1"] + 1) / 2 * (levels - 1))
+            x = (steps + torch.rand(steps.shape, generator=draws)) / levels * 2 - 1
+            log_p = flow.log_prob(
+                x.to(flow.device, flow.dtype),
+                condition={name: items[name] for name in flow.conditions} or None,
+                divergence="hutchinson",
+                probes=probes,
+                generator=seeded(seed, number, int(part[0]), 42, device=flow.device),
+            )
+            # One level is 2 / levels wide in [-1, 1].
+            values.append(-log_p.cpu() / math.log(2) / x[0].numel() + math.log2(levels / 2))
+    bits = torch.cat(values)
+    return {
+        "mean": float(bits.mean()),
+        "standard_error": float(bits.std() / len(bits) ** 0.5),
+        "images": len(rows),
+        "levels": levels,
+    }
 
 
 def _score(

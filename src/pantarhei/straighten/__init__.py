@@ -1,17 +1,40 @@
-"""Fewer steps: pair store, reflow, straightness."""
+"""Fewer steps: pairs, reflow, distillation; straightness, and what a rectification does to a coupling."""
 
+from pantarhei.straighten.analysis import Balance, MarginalCheck, balance, check_marginals
+from pantarhei.straighten.distillation import distil, distillation_task
 from pantarhei.straighten.pairs import PairReport, Solver, inspect_pairs, make_pairs
 from pantarhei.straighten.reflow import reflow, reflow_task
-from pantarhei.straighten.straightness import COSTS, Straightness, straightness
+from pantarhei.straighten.stores import (
+    ArrayPairs,
+    OnlinePairs,
+    PairSource,
+    check_pairs,
+    open_pairs,
+    write_array_pairs,
+)
+from pantarhei.straighten.straightness import COSTS, Straightness, straightness, transport_costs
 
 __all__ = [
     "COSTS",
+    "ArrayPairs",
+    "Balance",
+    "MarginalCheck",
+    "OnlinePairs",
     "PairReport",
+    "PairSource",
     "Solver",
     "Straightness",
+    "balance",
+    "check_marginals",
+    "check_pairs",
+    "distil",
+    "distillation_task",
     "inspect_pairs",
     "make_pairs",
+    "open_pairs",
     "reflow",
     "reflow_task",
     "straightness",
+    "transport_costs",
+    "write_array_pairs",
 ]

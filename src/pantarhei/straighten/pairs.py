@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from pantarhei.flow import Flow
 from pantarhei.flow.numbered import Conditions, numbered_conditions, numbered_samples
 from pantarhei.flow.pretrained import fingerprint
 from pantarhei.report.progress import Progress
+
+if TYPE_CHECKING:
+    from pantarhei.straighten.stores import PairSource
 
 
 @dataclass(frozen=True)
@@ -71,20 +75,7 @@ def make_pairs(
         raise ValueError(f"pairs: must be at least 1, got {count}")
     solver = solver or Solver()
     named = numbered_conditions(flow, seed, conditions)
-    header = {
-        "kind": "pairs",
-        "version": 1,
-        "direction": "x0 (source, t = 0) to x1 (data, t = 1)",
-        "seed": seed,
-        "method": solver.method,
-        "steps": solver.steps,
-        "guidance": solver.guidance,
-        "conditions": list(flow.conditions),
-        "teacher": teacher,
-        "teacher_weights": fingerprint(flow.network),
-        "flow": flow.spec(),
-    }
-    store = ShardStore.create(folder, count, header, shard_size=shard_size)
+    store = ShardStore.create(folder, count, pair_header(flow, solver, seed, teacher), shard_size=shard_size)
     missing = store.missing(rank, world)
     done = sum(len(store.items(i)) for i in range(rank, store.shards, world)) - sum(
         len(store.items(i)) for i in missing
@@ -100,6 +91,23 @@ def make_pairs(
                 shown.update(done)
             store.write(shard, {name: torch.cat([p[name] for p in parts]) for name in parts[0]})
     return store
+
+
+def pair_header(flow: Flow, solver: Solver, seed: int, teacher: str) -> dict[str, Any]:
+    """All that the pairs depend on."""
+    return {
+        "kind": "pairs",
+        "version": 1,
+        "direction": "x0 (source, t = 0) to x1 (data, t = 1)",
+        "seed": seed,
+        "method": solver.method,
+        "steps": solver.steps,
+        "guidance": solver.guidance,
+        "conditions": list(flow.conditions),
+        "teacher": teacher,
+        "teacher_weights": fingerprint(flow.network),
+        "flow": flow.spec(),
+    }
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ class PairReport:
     warnings: tuple[str, ...]
 
 
-def inspect_pairs(store: ShardStore, flow: Flow | None = None, *, limit: int = 512) -> PairReport:
+def inspect_pairs(store: PairSource, flow: Flow | None = None, *, limit: int = 512) -> PairReport:
     """Check a pair store: moments, swapped ends, and (with the teacher) the solver's error by step doubling.
 
     Args:
@@ -147,14 +155,14 @@ def inspect_pairs(store: ShardStore, flow: Flow | None = None, *, limit: int = 5
             f"x0 does not look like the unit normal source: mean {source[0]:.3g}, deviation {source[1]:.3g}"
         )
     error = None
-    if flow is not None:
+    if flow is not None and "steps" in store.header:
         error = _solver_error(store, flow, sample)
         if error > 0.05:
             warnings.append(f"doubling the solver's steps changes x1 by {100 * error:.1f} %: use more steps")
     return PairReport(*source, *data, swapped, error, tuple(warnings))
 
 
-def _solver_error(store: ShardStore, flow: Flow, sample: dict[str, Tensor]) -> float:
+def _solver_error(store: PairSource, flow: Flow, sample: dict[str, Tensor]) -> float:
     named = {name: sample[name] for name in store.header["conditions"]}
     finer = flow.sample(
         x0=sample["x0"].to(flow.device, flow.dtype),

@@ -6,19 +6,23 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from pantarhei.data.shards import ShardStore
+from torch import nn
+
 from pantarhei.flow import Flow, FlowMatching
 from pantarhei.flow.couplings import Pairs
 from pantarhei.flow.numbered import Conditions
 from pantarhei.flow.times import TimeLaw, Uniform
 from pantarhei.straighten.pairs import Solver, make_pairs
+from pantarhei.straighten.stores import PairSource, check_pairs, open_pairs
 from pantarhei.training import FlowTask, Optimization, train
 
 
 def reflow_task(
     flow: Flow,
-    pairs: ShardStore,
+    pairs: PairSource,
     *,
+    start: nn.Module | None = None,
+    any_teacher: bool = False,
     times: TimeLaw | None = None,
     optimization: Optimization | None = None,
     average: float = 0.999,
@@ -28,23 +32,21 @@ def reflow_task(
 
     Args:
         flow: the teacher; its network is copied, not changed.
-        pairs: a finished pair store of this flow.
+        pairs: a finished pair store of this flow, or other pairs (see `straighten.stores`).
+        start: network that the student starts from, where it is not the teacher's: the published recipe goes on from the
+            raw weights, while the averaged ones made the pairs.
+        any_teacher: allow pairs that other weights made.
         times: law of the training time.
         optimization: optimiser settings.
         average: decay of the moving average.
         teacher: name of the teacher, for the provenance.
 
     Raises:
-        ValueError: the pairs are not finished, or were made for another shape.
+        ValueError: the pairs are not finished, swapped, of another shape or of another teacher.
     """
-    if pairs.missing():
-        missing = f"{len(pairs.missing())} of {pairs.shards} shards are missing"
-        raise ValueError(f"pairs: {pairs.folder} is not finished, {missing}")
-    shape = tuple(pairs.header["flow"]["shape"])
-    if shape != flow.shape:
-        raise ValueError(f"pairs: made for samples of shape {shape}, this flow's are {flow.shape}")
+    check_pairs(pairs, flow, any_teacher=any_teacher)
     notes = {**flow.provenance.notes, "pairs": len(pairs), "guidance_in_pairs": pairs.header["guidance"]}
-    network = copy.deepcopy(flow.network).requires_grad_(True)
+    network = copy.deepcopy(start or flow.network).requires_grad_(True)
     student = flow.like(network, rectified=flow.provenance.rectified + 1, teacher=teacher, notes=notes)
     student.codec = None  # pairs live in the flow's space already
     objective = FlowMatching(times=times or Uniform(), coupling=Pairs())
@@ -54,9 +56,10 @@ def reflow_task(
 def reflow(
     flow: Flow,
     *,
-    pairs: int | ShardStore | str | Path = 50_000,
+    pairs: int | PairSource | str | Path = 50_000,
     to: str | Path,
     iterations: int = 10_000,
+    rounds: int = 1,
     seed: int = 0,
     solver: Solver | None = None,
     conditions: Conditions | Any | None = None,
@@ -70,30 +73,34 @@ def reflow(
 
     Args:
         flow: the teacher.
-        pairs: how many pairs to make (into `to`/pairs, resumable), or a finished store or its folder.
-        to: run folder of the new flow.
-        iterations: training length.
+        pairs: how many pairs to make (into `to`/pairs, resumable), or finished ones or their folder (first round only).
+        to: run folder of the new flow; with several rounds the folder of `round-1`, `round-2`, ...
+        iterations: training length of a round.
+        rounds: how often; each round starts from the flow of the one before and makes new pairs with it.
         seed: of pairs and training.
         solver, conditions: see `make_pairs`.
         times, optimization, average, teacher: see `reflow_task`.
         options: further fields of `LoopConfig`, and `resume`.
+
+    Raises:
+        ValueError: for rounds < 1, or given pairs in more than one round.
     """
-    if isinstance(pairs, int):
-        store = make_pairs(
-            flow,
-            pairs,
-            Path(to) / "pairs",
-            seed=seed,
-            solver=solver,
-            conditions=conditions,
-            teacher=teacher,
-            progress=options.get("progress", True),
-        )
-    else:
-        store = pairs if isinstance(pairs, ShardStore) else ShardStore(pairs)
-    task = reflow_task(flow, store, times=times, optimization=optimization, average=average, teacher=teacher)
-    config = {"system": "rectified-flow", "kind": "reflow", "teacher": teacher}
-    train(task, to, iterations=iterations, seed=seed, config=config, **options)
-    result = task.result()
-    result.codec = flow.codec
-    return result
+    if rounds < 1:
+        raise ValueError(f"rounds: must be at least 1, got {rounds}")
+    if rounds > 1 and not isinstance(pairs, int):
+        raise ValueError("pairs: later rounds need pairs of their own; give a number of pairs")
+    for number in range(1, rounds + 1):
+        folder = Path(to) / f"round-{number}" if rounds > 1 else Path(to)
+        store: PairSource
+        if isinstance(pairs, int):
+            made = {"seed": seed, "solver": solver, "conditions": conditions, "teacher": teacher}
+            store = make_pairs(flow, pairs, folder / "pairs", progress=options.get("progress", True), **made)
+        else:
+            store = open_pairs(pairs) if isinstance(pairs, (str, Path)) else pairs
+        task = reflow_task(flow, store, times=times, optimization=optimization, average=average, teacher=teacher)
+        config = {"system": "rectified-flow", "kind": "reflow", "teacher": teacher}
+        train(task, folder, iterations=iterations, seed=seed, config=config, **options)
+        result, codec = task.result(), flow.codec
+        result.codec = codec
+        flow, teacher = result, str(folder)
+    return flow

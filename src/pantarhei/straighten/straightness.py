@@ -20,6 +20,12 @@ COSTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def transport_costs(displacement: Tensor) -> dict[str, float]:
+    """Mean of each cost of `COSTS` over displacements (B, ...)."""
+    flat = displacement.flatten(1).double()
+    return {name: float(cost(flat).mean()) for name, cost in COSTS.items()}
+
+
 @dataclass(frozen=True)
 class Straightness:
     """Liu et al. 2209.03003, section 2.2.
@@ -68,6 +74,5 @@ def straightness(flow: Flow, x0: Tensor, *, condition: Any = None, steps: int = 
             velocity = flow.velocity(x, torch.tensor(t, dtype=x.dtype, device=x.device), condition)
             gaps.append(float((shift / (high - low) - velocity).square().flatten(1).sum(dim=1).mean()))
     integral = float(torch.trapezoid(torch.tensor(gaps, dtype=torch.float64), torch.tensor(times, dtype=torch.float64)))
-    flat = shift.flatten(1).double()
-    costs = {name: float(cost(flat).mean()) for name, cost in COSTS.items()}
+    costs = transport_costs(shift)
     return Straightness(integral, integral / costs["|d|^2"], tuple(gaps), tuple(times), costs)

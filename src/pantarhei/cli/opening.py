@@ -1,0 +1,103 @@
+"""What several commands open: a run's flow and data, images to start from, a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pantarhei.data import Source
+from pantarhei.files import read_tensors
+from pantarhei.flow import Flow
+from pantarhei.flow.sources import Samples
+from pantarhei.images import open_images
+from pantarhei.interop import load
+from pantarhei.recipes.rectified_flow import RectifiedFlowConfig, config_of, open_source
+from pantarhei.training import Run
+from pantarhei.training.runs import CONFIG
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def open_flow(run: Path, checkpoint: str = "newest", device: Device = "auto") -> Flow:
+    """The flow of a run or saved folder; a transfer starts from the held-out part of its source.
+
+    Raises:
+        FileNotFoundError, ValueError: there is nothing to open, or it is damaged.
+    """
+    flow = load(run, checkpoint=_checkpoint(checkpoint))
+    recipe = recipe_of(run)
+    start = open_source(recipe) if recipe is not None else None
+    if start is not None:
+        flow.source = Samples(start[1])
+    return flow.to(find_device(device)).eval()
+
+
+def recipe_of(run: Path) -> RectifiedFlowConfig | None:
+    """The recipe that a run names (its own, or its teacher's); None where there is none."""
+    if not (run / CONFIG).is_file():
+        return None
+    config = Run.open(run).config
+    return config_of(config) if config.get("recipe") else None
+
+
+def data_of(run: Path) -> tuple[Source, Source]:
+    """Training and held-out data of a run (of its teacher's recipe, for a straightened one).
+
+    Raises:
+        ValueError: the run does not say what it was trained on.
+    """
+    recipe = recipe_of(run)
+    if recipe is None:
+        raise ValueError(f"{run} does not name data that can be opened again; do this from Python")
+    return recipe.data.open()
+
+
+def default_steps(flow: Flow) -> int:
+    """Steps that a distilled flow was made for; 50 for others."""
+    return int(flow.provenance.notes.get("steps", 50))
+
+
+def read_input(path: Path, flow: Flow, count: int) -> Tensor:
+    """Items to start from: images in a folder, zip or file, or `x` of a `.safetensors` file; as many as asked for.
+
+    Raises:
+        FileNotFoundError: there is no such path.
+        ValueError: they have another shape than the flow's samples.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"--input: there is no {path}")
+    if path.suffix == ".safetensors":
+        tensors = read_tensors(path)
+        if "x" not in tensors:
+            raise ValueError(f"--input: {path} holds {', '.join(tensors)}; expected a tensor x")
+        x = tensors["x"][:count]
+    else:
+        shape = flow.shape or ()
+        options: dict[str, Any] = {"size": shape[-1], "channels": shape[0]} if len(shape) == 3 else {}
+        source = open_images(path, **options)
+        x = source.fetch(torch.arange(min(count, len(source))))["x1"]
+    if tuple(x.shape[1:]) != flow.shape:
+        raise ValueError(f"--input: items have shape {tuple(x.shape[1:])}, this flow's {flow.shape}")
+    return x.to(flow.device, flow.dtype)
+
+
+def find_device(name: Device) -> torch.device:
+    """A device by name; "auto" takes a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: this machine has no CUDA device; use cpu or auto")
+    return torch.device(name)
+
+
+def _checkpoint(name: str) -> Literal["newest", "best"] | int:
+    if name == "newest":
+        return "newest"
+    if name == "best":
+        return "best"
+    if not name.isdigit():
+        raise ValueError(f"--checkpoint: newest, best or an iteration is needed, got {name!r}")
+    return int(name)

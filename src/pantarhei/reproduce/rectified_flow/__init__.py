@@ -1,0 +1,152 @@
+"""The claims of rectified flow (Liu et al. 2209.03003) on a CPU."""
+
+from pantarhei.reproduce.claims import Claim, Experiment
+from pantarhei.reproduce.rectified_flow import colours, points
+
+EXPERIMENTS = (
+    Experiment(
+        "unified",
+        "One call each: noise to a ring of eight modes, and this ring to two moons. Perceptron of 3 x 128, 2,000 Adam steps "
+        "of batch 256; 4,000 fresh points, 100 Euler steps; sliced 2-Wasserstein distance to fresh data, beside that of the "
+        "points that were not transported and that of two fresh data sets (floor).",
+        points.unified,
+        (
+            Claim(
+                "One loss generates",
+                "generation_ratio",
+                "distance left, as a share of the untransported",
+                "at most",
+                0.1,
+            ),
+            Claim(
+                "The same loss transfers between two data sets",
+                "transfer_ratio",
+                "distance left, as a share of the untransported",
+                "at most",
+                0.1,
+            ),
+        ),
+        pictures={"transfer.png": "Paths of 200 points from eight modes to two moons (seed 0)."},
+    ),
+    Experiment(
+        "colours",
+        "Real data: the colours of scikit-learn's photograph of a flower (50,000 pixels as points in the cube) are carried "
+        "to those of its photograph of a temple, and back. Perceptron of 3 x 128, 2,500 Adam steps of batch 512.",
+        colours.colour_transfer,
+        (
+            Claim(
+                "Transfer between real data sets",
+                "ratio",
+                "sliced distance left, as a share of the untransported",
+                "at most",
+                0.1,
+            ),
+            Claim("The same flow runs backwards", "reverse_ratio", "share left, second to first", "at most", 0.1),
+        ),
+        pictures={"colours.png": "The flower, the temple, and the flower in the temple's colours (seed 0)."},
+    ),
+    Experiment(
+        "marginals",
+        "Exact field from noise to three modes: the law of Z_t against that of X_t at t = 0.25, 0.5, 0.75, 1 by energy "
+        "distance, 1,000 points each, permutation test with 199 deals, corrected for four tests.",
+        points.marginals,
+        (Claim("Marginals are preserved", "corrected_p", "least corrected p-value", "at least", 0.05),),
+    ),
+    Experiment(
+        "balance",
+        "E|X1 - X0|^2 = E|Z1 - Z0|^2 + S + V for the same exact field, 10,000 pairs, 200 steps.",
+        points.balance_identity,
+        (Claim("The balance of costs is exact", "remainder", "remainder, relative", "at most", 0.01),),
+    ),
+    Experiment(
+        "costs",
+        "Four convex costs (|d|, |d|^2, |d|^4, max |d_i|) of randomly paired points before and after one rectification, on "
+        "five pairs of toy sets: with the neighbour field, which needs no training, and with a perceptron of 2 x 64.",
+        points.convex_costs,
+        (
+            Claim(
+                "No convex cost rises (neighbour field)", "neighbours_worst_ratio", "worst of 20 ratios", "at most", 1.0
+            ),
+            Claim("No convex cost rises (network)", "network_worst_ratio", "worst of 20 ratios", "at most", 1.0),
+        ),
+    ),
+    Experiment(
+        "reflow",
+        "Noise to the ring of eight modes: a flow (perceptron of 3 x 128, 2,000 Adam steps of batch 256), one reflow round on "
+        "10,000 of its own pairs (100 midpoint steps) for as many steps, and students distilled from that to 1, 2 and 4 steps. "
+        "2-Wasserstein distances of 1,000 points, exact; the floor is that of two fresh data sets.",
+        points.reflow,
+        (
+            Claim("Reflow straightens", "straighter", "S before / after", "at least", 20),
+            Claim(
+                "One step suffices after reflow",
+                "one_step_gain",
+                "one-step distance before / after",
+                "at least",
+                4,
+                "FID at one step, CIFAR-10: 378 before, 12.21 after",
+            ),
+            Claim(
+                "Distillation to k steps does not harm",
+                "distilled_worst_ratio",
+                "worst distance over k = 1, 2, 4, distilled / plain",
+                "at most",
+                1.0,
+                "FID 12.21 to 4.85 (k = 1)",
+            ),
+        ),
+        pictures={
+            "ring-1.png": "Before reflow: paths of 200 points (seed 0).",
+            "ring-2.png": "After one reflow round: the same starts.",
+        },
+    ),
+    Experiment(
+        "other-paths",
+        "The ring again, on the linear, VP and sub-VP paths: the same network, data, times and 4,000 steps; and the exact VP "
+        "flow of three modes moved to the linear path.",
+        points.other_paths,
+        (
+            Claim(
+                "Linear is best in one step",
+                "linear_over_best_curved_1",
+                "distance, linear / best of VP and sub-VP",
+                "at most",
+                1.0,
+            ),
+            Claim(
+                "Linear is best in four steps",
+                "linear_over_best_curved_4",
+                "distance, linear / best of VP and sub-VP",
+                "at most",
+                1.0,
+            ),
+            Claim(
+                "All paths agree when solved finely",
+                "worst_over_best_100",
+                "distance at 100 steps, worst / best of the three",
+                "at most",
+                1.5,
+                "FID 2.58 (linear), 3.93 (VP), 3.16 (sub-VP) by RK45",
+            ),
+            Claim(
+                "A change of path keeps the coupling", "conversion_error", "largest difference of ends", "at most", 1e-3
+            ),
+        ),
+    ),
+    Experiment(
+        "one-step-transfer",
+        "Eight modes to two moons, a flow and one reflow round on 10,000 of its pairs (4,000 steps): one Euler step against a "
+        "hundred.",
+        points.one_step_transfer,
+        (
+            Claim(
+                "After reflow one step transfers as well as a hundred",
+                "2_rectified_ratio",
+                "distance, 1 step / 100 steps",
+                "at most",
+                1.3,
+            ),
+            Claim("Before it does not", "1_rectified_ratio", "distance, 1 step / 100 steps", "at least", 3.0),
+        ),
+    ),
+)
