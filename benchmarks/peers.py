@@ -32,3 +32,22 @@ def torchcfm_modules() -> tuple[Any, Any]:
     from torchcfm.models.unet import UNetModel
 
     return UNetModel, ConditionalFlowMatcher
+
+
+def rectified_flow_modules() -> tuple[Any, Any]:
+    """rectified-flow's `RectifiedFlow` and `EulerSampler`.
+
+    Its helpers import torchvision, for a grid of pictures that nothing here draws; where it is missing an empty module
+    stands in while they are imported, and goes again: other packages ask whether torchvision is there.
+    """
+    peer("rectified-flow")
+    missing = "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") is None
+    if missing:
+        sys.modules["torchvision"] = ModuleType("torchvision")
+    try:
+        from rectified_flow.rectified_flow import RectifiedFlow
+        from rectified_flow.samplers import EulerSampler
+    finally:
+        if missing:
+            del sys.modules["torchvision"]
+    return RectifiedFlow, EulerSampler

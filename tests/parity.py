@@ -39,7 +39,7 @@ class Golden:
         return table[max(prefixes, key=len)] if prefixes else table["default"]
 
     def check(self, name: str, value: torch.Tensor | float) -> None:
-        """Assert that `value` is the golden tensor `name`, within atol + rtol * max |golden| (of each sample where so stated)."""
+        """Assert that `value` is the golden `name` within atol + rtol * max |golden| (of each sample where so stated)."""
         expected = self.tensors[name].double()
         found = torch.as_tensor(value).detach().double()
         assert found.shape == expected.shape, f"{name}: shape {tuple(found.shape)}, golden {tuple(expected.shape)}"

@@ -40,9 +40,8 @@ def test_round_trip(case, tmp_path):
     path = score_sde.write(flow, tmp_path / "checkpoint_8.pth", raw=raw, iterations=7)
     back = pr.load(path)
     assert back.network.config == flow.network.config
-    assert all(
-        torch.equal(a, b) for a, b in zip(back.network.state_dict().values(), flow.network.state_dict().values())
-    )
+    own = flow.network.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in back.network.state_dict().items())
     other = pr.load(path, averaged=False).network.state_dict()
     assert all(torch.equal(other[k], raw[k]) for k in raw)
     x = torch.randn(2, 3, 16, 16)

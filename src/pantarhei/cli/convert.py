@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -32,7 +32,7 @@ def convert(
         rectified: how many reflow rounds a checkpoint went through, which its file does not say; 0 for 1-rectified flow.
             Score, SDE and likelihood are refused where this is left out.
     """
-    overrides = {"size": size, "rectified": rectified} if source.is_file() else {}
+    overrides: dict[str, Any] = {"size": size, "rectified": rectified} if source.is_file() else {}
     if not source.is_file() and (size is not None or rectified is not None):
         raise ValueError("--size, --rectified: only a checkpoint file needs them")
     averaged = weights == "average"

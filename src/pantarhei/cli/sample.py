@@ -124,7 +124,7 @@ def invert(
     """
     _check(count, batch, steps)
     flow = open_flow(run, checkpoint, device)
-    options = {"steps": steps or default_steps(flow), "method": method}
+    options: dict[str, Any] = {"steps": steps or default_steps(flow), "method": method}
     if input is not None:
         items = {"x1": read_input(input, flow, count)}
         if flow.conditions:

@@ -32,5 +32,5 @@ class FeatureJacobian:
     def __call__(self, flow: Flow, draw: Draw, output: Tensor) -> Tensor:
         """The loss of each row, (B,)."""
         error = draw.velocity - flow.prediction.velocity(flow.path, draw.x_t, draw.t, output)
-        _, change = torch.func.jvp(self.features, (draw.x_t,), (error,))
+        change: Tensor = torch.func.jvp(self.features, (draw.x_t,), (error,))[1]
         return self.weight * change.square().flatten(1).mean(dim=1)

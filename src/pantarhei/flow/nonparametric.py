@@ -14,8 +14,8 @@ from pantarhei.flow.paths import AffinePath, Linear
 class NeighbourField(nn.Module):
     """E[x1 | x_t] of any coupling, from the nearest of its pairs (Liu et al. 2209.03003, section 2.2).
 
-    A Gaussian-weighted mean of x1 over the `neighbours` pairs whose x_t^i = alpha(t) x1_i + sigma(t) x0_i lie nearest, weight
-    exp(-|x_t^i - x|^2 / (2 bandwidth^2)). Its cost is one distance to every pair a row and step.
+    A Gaussian-weighted mean of x1 over the `neighbours` pairs whose x_t^i = alpha(t) x1_i + sigma(t) x0_i lie nearest,
+    weight exp(-|x_t^i - x|^2 / (2 bandwidth^2)). Its cost is one distance to every pair a row and step.
 
     Args:
         x0, x1: the pairs, (N, D).

@@ -74,7 +74,7 @@ def read(
         raise ValueError(f"{path}: {bad[0]} holds NaN or infinity")
     network.load_state_dict(state)
     coupling = "not stated in the file" if rectified is None else "independent"
-    notes = {"read_from": path.name, "weights": "average" if averaged else "raw"}
+    notes: dict[str, Any] = {"read_from": path.name, "weights": "average" if averaged else "raw"}
     if "step" in content:
         notes["iterations"] = int(content["step"])
     return Flow(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -201,10 +202,24 @@ class Down(nn.Module):
         above = config.levels[max(level - 1, 0)][0]
         self.halving = Block(config, above, above, resample="down") if level else None
         self.pyramid = nn.Conv2d(config.channels, above, 1) if level and config.input_pyramid else None
+        self.shrink = Resample("down", config.filter)
         if self.pyramid is not None:
             _initialise(self.pyramid, 1.0)
         sizes = [above if level else config.width, *(features,) * config.blocks]
-        self.blocks = nn.ModuleList(Block(config, a, b, attention) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.blocks = nn.ModuleList(Block(config, a, b, attention) for a, b in pairwise(sizes))
+
+    def forward(self, h: Tensor, image: Tensor, embedding: Tensor, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Features and image of this resolution; every block leaves its result in `skips`."""
+        if self.halving is not None:
+            h = self.halving(h, embedding)
+            if self.pyramid is not None:
+                image = self.shrink(image)
+                h = h + self.pyramid(image)
+            skips.append(h)
+        for block in self.blocks:
+            h = block(h, embedding)
+            skips.append(h)
+        return h, image
 
 
 class Up(nn.Module):
@@ -221,6 +236,20 @@ class Up(nn.Module):
             inputs = (below if i == 0 else features) + skips.pop()
             self.blocks.append(Block(config, inputs, features, attention and i == config.blocks))
         self.head = Head(features, config.channels) if config.output_pyramid or level == 0 else None
+        self.enlarge = Resample("up", config.filter)
+
+    def forward(
+        self, h: Tensor, out: Tensor | None, embedding: Tensor, skips: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Features of this resolution and the output so far."""
+        if self.doubling is not None:
+            h = self.doubling(h, embedding)
+        for block in self.blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+        if self.head is None:
+            return h, out
+        part = self.head(h)
+        return h, part if out is None else self.enlarge(out) + part
 
 
 class NCSNpp(nn.Module):
@@ -245,8 +274,6 @@ class NCSNpp(nn.Module):
         self.middle = nn.ModuleList([Block(config, lowest, lowest, attention=True), Block(config, lowest, lowest)])
         skips = self._skips(config)
         self.up = nn.ModuleList(Up(config, level, skips) for level in reversed(levels))
-        self.halving = Resample("down", config.filter) if config.input_pyramid else None
-        self.doubling = Resample("up", config.filter) if config.output_pyramid else None
 
     @staticmethod
     def _skips(config: NCSNppConfig) -> list[int]:
@@ -262,27 +289,13 @@ class NCSNpp(nn.Module):
         embedding = self._embed(scaled, label)
         image, h = x, self.stem(x)
         skips = [h]
-        for level in self.down:
-            if level.halving is not None:
-                h = level.halving(h, embedding)
-                if level.pyramid is not None and self.halving is not None:
-                    image = self.halving(image)
-                    h = h + level.pyramid(image)
-                skips.append(h)
-            for block in level.blocks:
-                h = block(h, embedding)
-                skips.append(h)
+        for down in self.down:
+            h, image = down(h, image, embedding, skips)
         for block in self.middle:
             h = block(h, embedding)
         out: Tensor | None = None
-        for level in self.up:
-            if level.doubling is not None:
-                h = level.doubling(h, embedding)
-            for block in level.blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), embedding)
-            if level.head is not None:
-                part = level.head(h)
-                out = part if out is None or self.doubling is None else self.doubling(out) + part
+        for up in self.up:
+            h, out = up(h, out, embedding, skips)
         assert out is not None
         return out / scaled[:, None, None, None].to(out.dtype) if self.config.divide else out
 
@@ -311,7 +324,7 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 def _initialise(layer: nn.Linear | nn.Conv2d, scale: float) -> None:
     _uniform(layer.weight, scale)
-    nn.init.zeros_(layer.bias)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -101,6 +101,7 @@ def check_marginals(
     x1: Tensor,
     fresh: Tensor,
     *,
+    condition: Any = None,
     times: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
     steps: int = 100,
     permutations: int = 199,
@@ -112,6 +113,7 @@ def check_marginals(
         flow: the flow.
         x0, x1: pairs of the coupling it was trained on, (N, *shape).
         fresh: other source draws, which start Z (the test needs independent samples), (M, *shape).
+        condition: of the fresh draws.
         times: when to look.
         steps: Heun steps of the flow over the whole interval.
         permutations: of the test; the least p-value is 1 / (permutations + 1).
@@ -120,7 +122,7 @@ def check_marginals(
     low, high = flow.interval
     nodes = sorted({low, high, *(low + (high - low) * i / steps for i in range(1, steps)), *map(float, times)})
     with evaluation_mode(flow.network):
-        states = flow.transport(fresh, nodes, steps=tuple(nodes), method="heun").xs
+        states = flow.transport(fresh, nodes, steps=tuple(nodes), method="heun", condition=condition).xs
     found = []
     for time in times:
         z = states[nodes.index(float(time))].flatten(1)

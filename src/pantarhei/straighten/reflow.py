@@ -93,7 +93,7 @@ def reflow(
         folder = Path(to) / f"round-{number}" if rounds > 1 else Path(to)
         store: PairSource
         if isinstance(pairs, int):
-            made = {"seed": seed, "solver": solver, "conditions": conditions, "teacher": teacher}
+            made: dict[str, Any] = {"seed": seed, "solver": solver, "conditions": conditions, "teacher": teacher}
             store = make_pairs(flow, pairs, folder / "pairs", progress=options.get("progress", True), **made)
         else:
             store = open_pairs(pairs) if isinstance(pairs, (str, Path)) else pairs

@@ -20,8 +20,8 @@ def colour_transfer(settings: Settings) -> dict[str, float]:
     first, second = photographs()
     clouds = [image.flatten(1).T.contiguous() for image in (first, second)]
     a, b = (_draw(cloud, size(50_000), seed, i) for i, cloud in enumerate(clouds))
-    flow = Flow(small_mlp(seed, dimension=3), shape=(3,), source=a)
-    flow = fit(flow, b, seed=seed, iterations=size(2500), batch=512)
+    flow = Flow(small_mlp(seed, dimension=3, width=256, layers=4), shape=(3,), source=a)
+    flow = fit(flow, b, seed=seed, iterations=size(4000), batch=1024)
     test, truth = (_draw(cloud, size(10_000), seed, 2 + i) for i, cloud in enumerate(clouds))
     found = {
         "distance": sliced(flow.sample(x0=test, steps=100), truth, seed),
