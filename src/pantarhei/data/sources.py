@@ -8,6 +8,7 @@ its name (``label`` is int64 of shape (B,)).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from pantarhei.data.items import batch_of_items, check_data, first_bad_item, item_tensors
+from pantarhei.files import read_tensors
 
 
 @runtime_checkable
@@ -192,6 +194,25 @@ class Subset:
     def describe(self) -> dict[str, Any]:
         """Return the source's description with the name and count of the subset."""
         return {**self.source.describe(), "name": self.name, "count": len(self), "of": len(self.source)}
+
+
+def read_points(path: str | Path) -> TensorSource:
+    """A table of numbers as a source: a .npy file (N, ...), or `x1` and conditions in a .safetensors file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, holds objects or no `x1`, or its numbers are not finite.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return TensorSource(read_tensors(path), path.stem)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        array = np.load(path, allow_pickle=False)
+        return TensorSource({"x1": torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))}, path.stem)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: expected an array of finite numbers (N, ...): {error}") from None
 
 
 def as_source(data: Any, name: str | None = None) -> Source:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pantarhei.data import TOYS, Source, split, toy_source
+from pantarhei.data import TOYS, Source, read_points, split, toy_source
 from pantarhei.data.seeds import mix
 from pantarhei.flow import FeatureJacobian, Flow, FlowMatching, Provenance, Term
 from pantarhei.flow.couplings import build_coupling
@@ -31,8 +31,8 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-        data: `digits` (built in), a folder or zip of images, a CIFAR-10 folder or archive, parquet, `hf:NAME`, or a 2-D
-            toy set (eight_gaussians, two_moons, checkerboard, ...).
+        data: `digits` (built in), a folder or zip of images, a CIFAR-10 folder or archive, parquet, `hf:NAME`, points
+            (N, D) in a .npy file (or `x1` in a .safetensors file), or a 2-D toy set (eight_gaussians, two_moons, ...).
         size: resize the short side to this many pixels and crop the centre.
         channels: 1 or 3; by default those of the first image.
         held_out: fraction kept away from training, for validation and evaluation (where the data bring no test split).
@@ -59,6 +59,8 @@ class DataConfig:
         data = data or self.data
         if data in TOYS:
             return split(toy_source(data, 10_000, seed=0), self.held_out)
+        if data.endswith((".npy", ".safetensors")):
+            return split(read_points(data), self.held_out)
         source = open_images(data, size=self.size, channels=self.channels)
         try:
             test = open_images(data, size=self.size, channels=self.channels, split="test")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,10 @@ from pantarhei.reproduce.claims import Settings
 
 TRAIN, TEST = 0.5, 0.4  # shares of the digits; the rest is the held-out part of the test domain
 ANGLE = 25.0
+# Chosen on seeds 100 to 102, as was the regularisation of CORAL (its paper's 1), for the classifier with random polarity.
+FLOWS = {"flow": TransportConfig()}
+if find_spec("ot") is not None:  # POT is an optional extra
+    FLOWS["flow_ot"] = TransportConfig(coupling="minibatch-ot", smoothing=0.5, iterations=300)
 
 
 def domain_adaptation(settings: Settings) -> dict[str, float]:
@@ -31,9 +38,9 @@ def domain_adaptation(settings: Settings) -> dict[str, float]:
     `polarity`, with one whose training digits are inverted at random, so that its features outlive the inversion.
 
     Returns:
-        accuracy_none, accuracy_coral, accuracy_flow, accuracy_clean (the same digits, not shifted), gap_closed_flow and
-        gap_closed_coral, (accuracy - none) / (clean - none); inductive_none, inductive_coral, inductive_flow; all again
-        with the prefix `polarity_`.
+        accuracy_none and accuracy_clean (the same digits, not shifted), and for each map (coral; flow; where POT is installed
+        flow_ot, with optimal couplings of each batch) accuracy_*, gap_closed_* = (accuracy - none) / (clean - none) and
+        inductive_*; all again with the prefix `polarity_`.
     """
     parts = digits(settings.seed)
     found = _adapted(parts, settings, polarity=False)
@@ -105,19 +112,14 @@ def _adapted(parts: tuple[tuple[Tensor, Tensor], ...], settings: Settings, *, po
     def accuracy(features: Tensor, truth: Tensor) -> float:
         return float((network.head(features).argmax(dim=1) == truth).double().mean())
 
-    align = coral(test, train)
-    transport = learn_transport(test, train, TransportConfig(iterations=size(TransportConfig.iterations)), seed=seed)
-    found = {
-        "accuracy_none": accuracy(test, labels),
-        "accuracy_coral": accuracy(align(test), labels),
-        "accuracy_flow": accuracy(transport(test), labels),
-        "accuracy_clean": accuracy(network.features(images), labels),
-    }
-    gap = found["accuracy_clean"] - found["accuracy_none"]
-    for name in ("flow", "coral"):
-        found[f"gap_closed_{name}"] = (found[f"accuracy_{name}"] - found["accuracy_none"]) / gap
-    return found | {
-        "inductive_none": accuracy(new, new_labels),
-        "inductive_coral": accuracy(align(new), new_labels),
-        "inductive_flow": accuracy(transport(new), new_labels),
-    }
+    maps: dict[str, Callable[[Tensor], Tensor]] = {"coral": coral(test, train)}
+    for name, config in FLOWS.items():
+        config = replace(config, iterations=size(config.iterations))
+        maps[name] = learn_transport(test, train, config, seed=seed)
+    none, best = accuracy(test, labels), accuracy(network.features(images), labels)
+    found = {"accuracy_none": none, "accuracy_clean": best, "inductive_none": accuracy(new, new_labels)}
+    for name, carry in maps.items():
+        found[f"accuracy_{name}"] = accuracy(carry(test), labels)
+        found[f"gap_closed_{name}"] = (found[f"accuracy_{name}"] - none) / (best - none)
+        found[f"inductive_{name}"] = accuracy(carry(new), new_labels)
+    return found
