@@ -22,7 +22,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 PAGE = """# Results
 
 Every figure comes from a run of the command named beside it. Results of the speed comparisons are on the
-[benchmarks page](../benchmarks.md).
+[benchmarks page](../benchmarks.md), the claims of [rectified flow](rectified-flow/README.md) on a page of their own.
 
 ## Quickstart
 

@@ -15,7 +15,7 @@ class System:
 
 
 SYSTEMS = (
-    System("rectified-flow", "Flow Straight and Fast, 2209.03003", "train, reflow, sample, evaluate"),
+    System("rectified-flow", "Flow Straight and Fast, 2209.03003", "complete"),
     System("rectified-flow-plus-plus", "Improving the Training of Rectified Flows, 2405.20320"),
     System("rectified-diffusion", "Straightness Is Not Your Need in Rectified Flow, 2410.07303"),
     System("consistency-trajectory-models", "Consistency Trajectory Models, 2310.02279"),

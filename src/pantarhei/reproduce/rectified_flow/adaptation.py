@@ -34,13 +34,13 @@ def domain_adaptation(settings: Settings) -> dict[str, float]:
     digits (transductive, as in the paper); `inductive` figures are of further shifted digits that no map has seen.
 
     Twice: with a classifier trained on the clean digits as they are, for which an inverted digit is the opposite of itself
-    (its accuracy is below chance, and no map that only matches the two laws can know better); and, with the prefix
-    `polarity`, with one whose training digits are inverted at random, so that its features outlive the inversion.
+    (its accuracy is below chance, and maps that carry the features no farther than the other law asks leave it there); and,
+    with the prefix `polarity`, with one whose training digits are inverted at random, so that features survive inversion.
 
     Returns:
-        accuracy_none and accuracy_clean (the same digits, not shifted), and for each map (coral; flow; where POT is installed
-        flow_ot, with optimal couplings of each batch) accuracy_*, gap_closed_* = (accuracy - none) / (clean - none) and
-        inductive_*; all again with the prefix `polarity_`.
+        accuracy_none and accuracy_clean (the same digits, not shifted), and for each map (coral; flow; flow_ot, with the
+        optimal coupling of each batch, where POT is installed) accuracy_*, gap_closed_* = (accuracy - none) /
+        (clean - none) and inductive_*; all again with the prefix `polarity_`.
     """
     parts = digits(settings.seed)
     found = _adapted(parts, settings, polarity=False)
