@@ -10,18 +10,8 @@ import torch
 from pantarhei.cli.adapt import adapt as adapt_command
 from pantarhei.data.seeds import generator as seeded
 from pantarhei.files import read_tensors, write_tensors
-from pantarhei.recipes.domain_adaptation import (
-    Features,
-    LinearHead,
-    Transport,
-    TransportConfig,
-    adapt,
-    coral,
-    learn_transport,
-    linear_head,
-    read_features,
-    read_head,
-)
+from pantarhei.recipes.domain_adaptation import Transport, TransportConfig, adapt, coral, learn_transport
+from pantarhei.recipes.domain_features import Features, LinearHead, linear_head, read_features, read_head
 
 QUICK = TransportConfig(iterations=5, batch=16, width=8, layers=1)
 

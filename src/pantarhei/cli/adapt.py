@@ -7,8 +7,9 @@ from typing import Literal
 
 import tyro
 
-from pantarhei.recipes.domain_adaptation import TransportConfig, read_features, read_head
+from pantarhei.recipes.domain_adaptation import TransportConfig
 from pantarhei.recipes.domain_adaptation import adapt as adapt_features
+from pantarhei.recipes.domain_features import read_features, read_head
 
 
 def adapt(

@@ -71,7 +71,7 @@ class MinibatchOT:
         method: "exact" solves the assignment (a permutation); "sinkhorn" samples partners from the entropic plan.
         regularisation: entropic regularisation, as a fraction of the mean squared distance.
 
-    Needs POT (`pip install "pantarhei[ot]"`). Conditions stay with their x1: x0 is what is permuted.
+    The second needs POT (`pip install "pantarhei[ot]"`). Conditions stay with their x1: x0 is what is permuted.
     """
 
     name = "minibatch-ot"
@@ -95,12 +95,14 @@ class MinibatchOT:
         x1 = batch["x1"]
         x0 = Independent()(batch, source, condition, generator)
         cost = torch.cdist(x1.flatten(1).float(), x0.flatten(1).float()).square()
-        ot = _import_pot()
-        uniform = torch.full((len(cost),), 1 / len(cost), dtype=torch.float64).numpy()
         matrix = cost.detach().double().cpu().numpy()
         if self.method == "exact":
-            partner = torch.as_tensor(ot.emd(uniform, uniform, matrix)).argmax(dim=1)
+            from scipy.optimize import linear_sum_assignment  # scikit-learn brings scipy
+
+            partner = torch.as_tensor(linear_sum_assignment(matrix)[1])
         else:
+            ot = _import_pot()
+            uniform = torch.full((len(cost),), 1 / len(cost), dtype=torch.float64).numpy()
             plan = ot.sinkhorn(uniform, uniform, matrix / matrix.mean(), reg=self.regularisation, method="sinkhorn_log")
             weights = torch.as_tensor(plan).float().clamp_min(0).to(generator.device if generator else "cpu")
             partner = torch.multinomial(weights + 1e-30, 1, generator=generator)[:, 0]

@@ -42,7 +42,7 @@ def unified(settings: Settings) -> dict[str, float]:
     for name, source, target in (("generation", None, RING), ("transfer", RING, "two_moons")):
         start = None if source is None else toy(source, size(50_000), seed, 1)
         flow = Flow(small_mlp(seed), shape=(2,), source=start)
-        flow = fit(flow, toy(target, size(50_000), seed, 2), seed=seed, iterations=size(ITERATIONS))
+        flow = fit(flow, toy(target, size(50_000), seed, 2), seed=seed, iterations=size(5000), batch=512)
         x0 = noise(size(20_000), seed, 3) if source is None else toy(source, size(20_000), seed, 3)
         truth = toy(target, size(20_000), seed, 4)
         arrived = flow.sample(x0=x0, steps=100)
