@@ -60,16 +60,16 @@ class OneParameter(nn.Module):
         return x * self.factor
 
 
-POINTS = Case("MLP 3x128, 2-D", lambda: MLP(MLPConfig(2, 128, 3)), (2,), 256, (50, 2), (60, 60))
+POINTS = Case("MLP 3x128, 2-D", lambda: MLP(MLPConfig(2, 128, 3)), (2,), 256, (50, 2), (40, 40))
 IMAGES = Case(
     "U-Net, 32x32x3",
-    lambda: UNet(UNetConfig(channels=3, width=32, multipliers=(1, 2, 2, 2), blocks=(1, 2, 2, 2))),
+    lambda: UNet(UNetConfig(channels=3, width=16, multipliers=(1, 2, 2, 2), blocks=(1, 2, 2, 2))),
     (3, 32, 32),
     16,
     (4, 1),
-    (30, 8),
+    (30, 15),
 )
-TRIVIAL = Case("library alone", OneParameter, (2,), 64, (200, 4), (100, 100))
+TRIVIAL = Case("library alone", OneParameter, (2,), 64, (200, 4), (60, 60))
 
 
 class Both:

@@ -46,6 +46,23 @@ class Resample(nn.Module):
             return F.conv_transpose2d(x, kernel, stride=2, padding=self.margin, groups=channels)
         return F.conv2d(x, kernel, stride=2, padding=self.margin, groups=channels)
 
+    def convolved(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        """A 3x3 convolution (zero padding 1) of the doubled image, (B, C, H, W) to (B, C', 2H, 2W).
+
+        Where pixels are repeated, each output pixel sees only 2 x 2 different ones: the convolution is a transposed one of
+        4 x 4 with summed weights, at four ninths of the multiplications.
+        """
+        if not (self.up and self.box):
+            return conv(self(x))
+        weight = _repeated(_repeated(conv.weight, 2), 3).transpose(0, 1)
+        return F.conv_transpose2d(x, weight, conv.bias, stride=2, padding=1)
+
+
+def _repeated(weight: Tensor, axis: int) -> Tensor:
+    """Three taps over repeated pixels as the four taps of a transposed convolution of stride 2."""
+    a, b, c = weight.unbind(axis)
+    return torch.stack([c, b + c, a + b, a], dim=axis)
+
 
 def check_taps(taps: Sequence[float]) -> None:
     """Refuse a filter that is not symmetric with an even number of taps.
