@@ -136,11 +136,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
         b, c, height, width = x.shape
-        q, k, v = (
-            part.reshape(b, 1, c, height * width).transpose(-1, -2) for part in self.qkv(self.norm(x)).chunk(3, dim=1)
-        )
+        parts = pointwise(self.qkv, self.norm(x)).chunk(3, dim=1)
+        q, k, v = (part.reshape(b, 1, c, height * width).transpose(-1, -2) for part in parts)
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return _residual(x, self.out, mixed.transpose(-1, -2).reshape(b, c, height, width), self.scale)
+        h = pointwise(self.out, mixed.transpose(-1, -2).reshape(b, c, height, width))
+        return (h + x).mul_(self.scale)
 
 
 class Block(nn.Module):
@@ -171,16 +171,16 @@ class Block(nn.Module):
         h = F.silu(self.norm0(x))
         if self.resample is None:
             h = self.conv0(h)
-            x = x if self.skip is None else self.skip(x)
+            x = x if self.skip is None else pointwise(self.skip, x)
         elif self.resample.up:
             # 1x1 convolution and doubling commute: the convolution takes a quarter of the work on the small image.
             h = self.resample.convolved(h, self.conv0)
-            x = self.resample(self.skip(x)) if self.resample.box else self.skip(self.resample(x))
+            x = self.resample(pointwise(self.skip, x)) if self.resample.box else pointwise(self.skip, self.resample(x))
         else:
-            h, x = self.conv0(self.resample(h)), self.skip(self.resample(x))
+            h, x = self.conv0(self.resample(h)), pointwise(self.skip, self.resample(x))
         h = h + self.time(embedding)[:, :, None, None]
         h = self.dropout(F.silu(self.norm1(h)))
-        h = _residual(x, self.conv1, h, self.scale)
+        h = (self.conv1(h) + x).mul_(self.scale)
         return h if self.attention is None else self.attention(h)
 
 
@@ -315,9 +315,11 @@ class NCSNpp(nn.Module):
         return F.silu(self.time1(F.silu(self.time0(features))))
 
 
-def _residual(x: Tensor, conv: nn.Conv2d, h: Tensor, scale: float) -> Tensor:
-    """scale * (x + conv(h))."""
-    return (conv(h) + x).mul_(scale)
+def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution; as a matrix product where channels lie last in memory, which is much the faster on a CPU."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return conv(x)
+    return F.linear(x.permute(0, 2, 3, 1), conv.weight[:, :, 0, 0], conv.bias).permute(0, 3, 1, 2)
 
 
 def _norm(channels: int) -> nn.GroupNorm:
