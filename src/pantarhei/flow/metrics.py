@@ -14,7 +14,7 @@ Premetric = Callable[[Tensor, Tensor], Tensor]
 
 def squared(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error over all but the first dimension, shape (B,)."""
-    return (prediction - target).square().flatten(1).mean(dim=1)
+    return F.mse_loss(prediction, target, reduction="none").flatten(1).mean(dim=1)
 
 
 @dataclass(frozen=True)

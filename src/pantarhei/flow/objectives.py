@@ -77,8 +77,10 @@ class Term:
 
     def __call__(self, flow: Flow, draw: Draw, output: Tensor) -> Tensor:
         """weight(t) * metric(prediction, target), (B,)."""
-        weight = self.weight(as_rows(draw.t, draw.x1)) if callable(self.weight) else self.weight
-        return weight * self.metric(*self._compared(flow, draw, output))
+        distance = self.metric(*self._compared(flow, draw, output))
+        if callable(self.weight):
+            return self.weight(as_rows(draw.t, draw.x1)) * distance
+        return distance if self.weight == 1.0 else self.weight * distance
 
     def _compared(self, flow: Flow, draw: Draw, output: Tensor) -> tuple[Tensor, Tensor]:
         prediction, path = flow.prediction, flow.path
@@ -144,7 +146,7 @@ class FlowMatching:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and logged values of one batch."""
         values = [(name, rows.mean()) for name, rows in self.rows(flow, batch, generator)]
-        total = torch.stack([value for _, value in values]).sum()
+        total = values[0][1] if len(values) == 1 else torch.stack([value for _, value in values]).sum()
         parts = {name: value.detach() for name, value in values} if len(values) > 1 else {}
         return total, {"loss": total.detach(), **parts}
 
@@ -152,4 +154,4 @@ class FlowMatching:
         dtype = x1.dtype if x1.dtype in (torch.float32, torch.float64) else torch.float32
         drawn = self.times.sample(x1.shape[0], generator, stratified=self.stratified, dtype=dtype, device=x1.device)
         low, high = flow.interval
-        return low + (high - low) * drawn
+        return drawn if (low, high) == (0.0, 1.0) else low + (high - low) * drawn

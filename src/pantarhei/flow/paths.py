@@ -116,6 +116,14 @@ class Linear(AffinePath):
         """-(1 - sigma_min)."""
         return torch.full_like(t, -(1 - self.sigma_min))
 
+    def sample(self, x0: Tensor, x1: Tensor, z: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
+        """As on any affine path, in two operations: x_t interpolates and dx_t is a difference."""
+        weight = per_row(t, x1).to(x1.dtype)
+        x_t = torch.lerp(x0, x1, weight)
+        if self.sigma_min:
+            x_t = torch.addcmul(x_t, weight, x0, value=self.sigma_min)
+        return x_t, torch.sub(x1, x0, alpha=1 - self.sigma_min)
+
     def time_at(self, ratio: Tensor) -> Tensor:
         """Closed form of ratio = t / (1 - (1 - sigma_min) t)."""
         return (ratio / (1 + (1 - self.sigma_min) * ratio)).clamp(max=1.0)

@@ -54,7 +54,7 @@ class TimeLaw:
             order = torch.randperm(count, generator=generator, device=device)
             u = (order.to(dtype) + u) / count
         eps = torch.finfo(dtype).eps
-        return self.quantile(u.clamp(eps, 1 - eps))
+        return self.quantile(u.clamp_(eps, 1 - eps))
 
     def spec(self) -> dict[str, Any]:
         """The law as data."""
@@ -74,6 +74,8 @@ class Uniform(TimeLaw):
 
     def quantile(self, u: Tensor) -> Tensor:
         """Linear."""
+        if (self.low, self.high) == (0.0, 1.0):
+            return u
         return self.low + (self.high - self.low) * u
 
     def pdf(self, t: Tensor) -> Tensor:

@@ -81,18 +81,15 @@ class TransformedField:
 
     def __init__(self, field: ConditionedField, transforms: Sequence[FieldTransform]):
         self.step: int | None = None
-        self._field = field
-        self._transforms = tuple(transforms)
+        self._value = field
+        for transform in transforms:
+            self._value = self._under(transform, self._value)
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """The transformed field at (x, t)."""
-        return self._level(len(self._transforms))(x, t, condition)
+        return self._value(x, t, condition)
 
-    def _level(self, depth: int) -> ConditionedField:
-        if depth == 0:
-            return self._field
-        transform, inner = self._transforms[depth - 1], self._level(depth - 1)
-
+    def _under(self, transform: FieldTransform, inner: ConditionedField) -> ConditionedField:
         def value(x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
             return transform(inner, x, t, condition, self.step)
 

@@ -81,16 +81,19 @@ class CountedField:
         self.condition = condition
         self.calls = 0
         self.rows = 0
+        self._of_times: dict[str, Any] = {}
 
     def __call__(self, x: State, t: Scalar) -> State:
         """The field at (x, t); counted."""
         first = x if isinstance(x, Tensor) else x[0]
         self.calls += 1
         self.rows += first.shape[0] if first.ndim else 1
+        if not self._of_times:  # the same throughout a solve
+            self._of_times = {"dtype": time_dtype(x), "device": first.device}
         if isinstance(t, Tensor):
-            t = t.to(time_dtype(x))
+            t = t.to(self._of_times["dtype"])
         else:  # a fill, not torch.tensor: no copy from the host, nothing to wait for on a GPU
-            t = torch.scalar_tensor(t, dtype=time_dtype(x), device=first.device)
+            t = torch.scalar_tensor(t, **self._of_times)
         value = self.field(x, t) if self.condition is None else self.field(x, t, self.condition)
         if self.calls == 1:
             _check_like(value, x)

@@ -7,7 +7,7 @@ EXPERIMENTS = (
     Experiment(
         "unified",
         "One call each: noise to a ring of eight modes, and this ring to two moons. Perceptron of 3 x 128, 5,000 Adam steps "
-        "of batch 512; 20,000 fresh points, 100 Euler steps; sliced 2-Wasserstein distance to fresh data, beside that of "
+        "of batch 512; 100,000 fresh points, 100 Euler steps; sliced 2-Wasserstein distance to fresh data, beside that of "
         "the points that were not transported and that of two fresh data sets (floor).",
         points.unified,
         (

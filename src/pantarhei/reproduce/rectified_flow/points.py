@@ -40,15 +40,15 @@ def unified(settings: Settings) -> dict[str, float]:
     size, seed = settings.size, settings.seed
     found: dict[str, float] = {}
     for name, source, target in (("generation", None, RING), ("transfer", RING, "two_moons")):
-        start = None if source is None else toy(source, size(50_000), seed, 1)
+        start = None if source is None else toy(source, size(200_000), seed, 1)
         flow = Flow(small_mlp(seed), shape=(2,), source=start)
-        flow = fit(flow, toy(target, size(50_000), seed, 2), seed=seed, iterations=size(5000), batch=512)
-        x0 = noise(size(20_000), seed, 3) if source is None else toy(source, size(20_000), seed, 3)
-        truth = toy(target, size(20_000), seed, 4)
+        flow = fit(flow, toy(target, size(200_000), seed, 2), seed=seed, iterations=size(5000), batch=512)
+        x0 = noise(size(100_000), seed, 3) if source is None else toy(source, size(100_000), seed, 3)
+        truth = toy(target, size(100_000), seed, 4)
         arrived = flow.sample(x0=x0, steps=100)
         found[f"{name}_distance"] = sliced(arrived, truth, seed)
         found[f"{name}_untransported"] = sliced(x0, truth, seed)
-        found[f"{name}_floor"] = sliced(toy(target, size(20_000), seed, 5), truth, seed)
+        found[f"{name}_floor"] = sliced(toy(target, size(100_000), seed, 5), truth, seed)
         found[f"{name}_ratio"] = found[f"{name}_distance"] / found[f"{name}_untransported"]
         if settings.pictures and name == "transfer":
             times = [i / 50 for i in range(51)]
