@@ -33,9 +33,10 @@ def colour_transfer(settings: Settings) -> dict[str, float]:
     found["ratio"] = found["distance"] / found["untransported"]
     found["reverse_ratio"] = found["reverse_distance"] / found["untransported"]
     if settings.pictures:
-        pixels = torch.cat([flow.sample(x0=part, steps=25) for part in clouds[0].split(65_536)])
-        moved = pixels.T.reshape(first.shape).clamp(-1, 1)
-        save_image_grid(torch.stack([first, second, moved]), settings.pictures / "colours.png", columns=3)
+        there = torch.cat([flow.sample(x0=part, steps=25) for part in clouds[0].split(65_536)])
+        back = torch.cat([flow.invert(part, steps=25) for part in clouds[1].split(65_536)])
+        moved = [pixels.T.reshape(first.shape).clamp(-1, 1) for pixels in (there, back)]
+        save_image_grid(torch.stack([first, second, *moved]), settings.pictures / "colours.png", columns=2)
     return found
 
 
