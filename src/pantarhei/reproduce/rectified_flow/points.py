@@ -116,36 +116,28 @@ def convex_costs(settings: Settings) -> dict[str, float]:
 
 
 def reflow(settings: Settings) -> dict[str, float]:
-    """Ring of eight modes: straightness and distance to the data by number of steps, for three rounds; k-step students."""
+    """Ring of eight modes: straightness and distance to the data by steps, before and after two rounds; k-step students."""
     size, seed = settings.size, settings.seed
-    flow = Flow(small_mlp(seed), shape=(2,))
-    flow = fit(flow, toy(RING, size(10_000), seed, 2), seed=seed, iterations=size(ITERATIONS))
+    data = toy(RING, size(10_000), seed, 2)
+    flow = fit(Flow(small_mlp(seed), shape=(2,)), data, seed=seed, iterations=size(ITERATIONS))
     x0, truth = noise(TEST, seed, 3), toy(RING, TEST, seed, 4)
     found = {"floor": metrics.wasserstein(toy(RING, TEST, seed, 5), truth)}
-    flows = [flow]
+    flows, pairs = [flow], (noise(len(data), seed, 6), data)
+    total = first = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        for number in (1, 2):
+        for number in (1, 2, 3):
             if number > 1:
-                store = make_pairs(flow, size(PAIRS), Path(folder) / str(number), seed=seed, solver=TEACHER)
-                optimization = Optimization(lr=2e-3, decay="cosine", warmup=50)
-                flow = run(reflow_task(flow, store, optimization=optimization, average=0.99), seed, size(ITERATIONS))
+                store = make_pairs(flow, size(PAIRS), Path(folder) / str(number), seed=seed + number, solver=TEACHER)
+                flow = run(reflow_task(flow, store, optimization=_adam(2e-3), average=0.99), seed, size(ITERATIONS))
                 flows.append(flow)
+                pairs = (store.tensors()["x0"], store.tensors()["x1"])
             found |= _by_steps(f"{number}_rectified", flow, x0, truth)
-        store = make_pairs(flow, size(PAIRS), Path(folder) / "last", seed=seed + 100, solver=TEACHER)
-            for steps in (1, 2, 4):
-            optimization = Optimization(lr=1e-3, decay="cosine", warmup=50)
-            task = distillation_task(flow, store, steps=steps, optimization=optimization, average=0.99)
-            student = run(task, seed, size(ITERATIONS))
-            distance = metrics.wasserstein(student.sample(x0=x0, steps=steps), truth)
-            found[f"distilled_{steps}_step"] = distance
-            plain = metrics.wasserstein(flow.sample(x0=x0, steps=steps), truth)
-            found[f"undistilled_{steps}_step"] = plain
-            worst = max(worst, distance / plain)
-            goal = flow.sample(x0=x0, steps=100, method="midpoint")
-            error = [float((f.sample(x0=x0, steps=steps) - goal).square().sum(1).mean()) for f in (student, flow)]
-            found[f"distilled_{steps}_error_ratio"] = error[0] / error[1]
-            worst_error = max(worst_error, error[0] / error[1])
-    found |= {"distilled_worst_ratio": worst, "distilled_worst_error_ratio": worst_error}
+            parts = balance(flow, *(part[:2000] for part in pairs), steps=100)
+            total += parts.crossing + parts.straightness
+            found |= {f"{number}_rectified_crossing": parts.crossing, f"{number}_rectified_sum": total}
+            first = parts.given if number == 1 else first
+        found |= _distilled(flows[1], Path(folder) / "last", x0, truth, settings)
+    found["sum_over_bound"] = total / first
     found["straighter"] = found["1_rectified_straightness"] / found["2_rectified_straightness"]
     found["one_step_gain"] = found["1_rectified_1_step"] / found["2_rectified_1_step"]
     if settings.pictures:
@@ -155,6 +147,29 @@ def reflow(settings: Settings) -> dict[str, float]:
             figure = draw.trajectories_2d(paths, background=truth, title=f"{number}-rectified flow", limits=(-3.2, 3.2))
             figure.savefig(settings.pictures / f"ring-{number}.png", dpi=110)
     return found
+
+
+def _distilled(flow: Flow, folder: Path, x0: Tensor, truth: Tensor, settings: Settings) -> dict[str, float]:
+    """Students of 1, 2 and 4 steps against the same number of steps of their teacher."""
+    size, seed = settings.size, settings.seed
+    store = make_pairs(flow, size(PAIRS), folder, seed=seed + 100, solver=TEACHER)
+    goal = flow.sample(x0=x0, steps=100, method="midpoint")
+    found: dict[str, float] = {}
+    for steps in (1, 2, 4):
+        task = distillation_task(flow, store, steps=steps, optimization=_adam(1e-3), average=0.99)
+        student = run(task, seed, size(ITERATIONS))
+        ends = {"distilled": student.sample(x0=x0, steps=steps), "plain": flow.sample(x0=x0, steps=steps)}
+        for name, x in ends.items():
+            found[f"{name}_{steps}_distance"] = metrics.wasserstein(x, truth)
+            found[f"{name}_{steps}_error"] = float((x - goal).square().sum(1).mean())
+    for figure in ("distance", "error"):
+        ratios = [found[f"distilled_{steps}_{figure}"] / found[f"plain_{steps}_{figure}"] for steps in (1, 2, 4)]
+        found[f"distilled_worst_{figure}_ratio"] = max(ratios)
+    return found
+
+
+def _adam(lr: float) -> Optimization:
+    return Optimization(lr=lr, decay="cosine", warmup=50)
 
 
 def _by_steps(name: str, flow: Flow, x0: Tensor, truth: Tensor) -> dict[str, float]:
@@ -225,8 +240,7 @@ def one_step_transfer(settings: Settings) -> dict[str, float]:
     found = {"floor": metrics.wasserstein(toy("two_moons", TEST, seed, 5), truth)}
     with tempfile.TemporaryDirectory() as folder:
         store = make_pairs(flow, size(PAIRS), Path(folder) / "pairs", seed=seed, solver=TEACHER)
-        optimization = Optimization(lr=2e-3, decay="cosine", warmup=50)
-        second = run(reflow_task(flow, store, optimization=optimization, average=0.99), seed, size(2 * ITERATIONS))
+        second = run(reflow_task(flow, store, optimization=_adam(2e-3), average=0.99), seed, size(2 * ITERATIONS))
     for name, each in (("1_rectified", flow), ("2_rectified", second)):
         one, many = (metrics.wasserstein(each.sample(x0=x0, steps=n), truth) for n in (1, 100))
         found |= {f"{name}_1_step": one, f"{name}_100_steps": many, f"{name}_ratio": one / many}
