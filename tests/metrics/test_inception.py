@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pantarhei.metrics import InceptionFeatures, InceptionV3
+from pantarhei.metrics import InceptionFeatures, InceptionV3, inception_score
 
 
 def random_state(seed=0):
@@ -122,3 +122,13 @@ def test_files_that_do_not_fit_are_refused(state, tmp_path):
     file.write_bytes(b"not a weight file")
     with pytest.raises(ValueError, match="weights"):
         InceptionFeatures(file)
+
+
+def test_inception_score_of_known_predictions(extractor):
+    sure = 50.0 * torch.eye(4).repeat(25, 1)
+    assert inception_score(sure, splits=5).mean == pytest.approx(4.0, rel=1e-6)
+    assert inception_score(torch.zeros(100, 4)).mean == pytest.approx(1.0)
+    assert inception_score(50.0 * torch.eye(4)[:1].expand(20, 4)).mean == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="N >= 10"):
+        inception_score(torch.zeros(3, 4))
+    assert extractor.logits(torch.rand(2, 2048)).shape == (2, 1008)

@@ -4,6 +4,7 @@ from pantarhei.metrics.classifier import ClassifierFeatures, SmallClassifier, tr
 from pantarhei.metrics.features import FeatureExtractor, extract
 from pantarhei.metrics.frechet import frechet_distance, moments
 from pantarhei.metrics.inception import InceptionFeatures, InceptionV3
+from pantarhei.metrics.inception_score import InceptionScore, inception_score
 from pantarhei.metrics.intervals import Interval, bootstrap, mean_and_deviation, spread
 from pantarhei.metrics.kernel import KernelDistance, kernel_distance
 from pantarhei.metrics.manifold import DensityCoverage, PrecisionRecall, density_coverage, precision_recall
@@ -17,6 +18,7 @@ __all__ = [
     "DensityCoverage",
     "FeatureExtractor",
     "InceptionFeatures",
+    "InceptionScore",
     "InceptionV3",
     "Interval",
     "KernelDistance",
@@ -31,6 +33,7 @@ __all__ = [
     "evaluate_sets",
     "extract",
     "frechet_distance",
+    "inception_score",
     "kernel_distance",
     "mean_and_deviation",
     "memorisation_report",

@@ -192,7 +192,7 @@ class InceptionV3(nn.Module):
         self.Mixed_7a = _BlockD(768)
         self.Mixed_7b = _BlockE(1280, _average_pool)
         self.Mixed_7c = _BlockE(2048, _max_pool)
-        self.fc = nn.Linear(FEATURES, _CLASSES)  # unused by the features, but part of every weight file
+        self.fc = nn.Linear(FEATURES, _CLASSES)  # for the inception score; unused by the features
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features, (B, 3, 299, 299) -> (B, 2048)."""
@@ -257,6 +257,10 @@ class InceptionFeatures:
             images = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
         images = F.interpolate(images, size=(_SIDE, _SIDE), mode="bilinear", align_corners=False)
         return self.network(images)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Class scores for the inception score, (B, 2048) to (B, 1008), without biases as is the custom."""
+        return features @ self.network.fc.weight.T
 
     def to(self, device: torch.device | str) -> Self:
         """Move to a device.

@@ -58,6 +58,7 @@ class StepScores:
         kernel: kernel distance (KID) in these features.
         precision, recall: of k-nearest-neighbour manifolds in these features.
         density, coverage: their robust counterparts.
+        inception_score: mean over ten splits, with Inception weights; else None.
         accuracy: share of samples that the classifier gives the label they were made for; None without labels.
         nearest: 1st percentile of the distance to the nearest training item.
         closer: share of samples nearer to a training item than the 1st percentile of held-out items is.
@@ -71,6 +72,7 @@ class StepScores:
     recall: float
     density: float
     coverage: float
+    inception_score: float | None
     accuracy: float | None
     nearest: float
     closer: float
@@ -92,11 +94,17 @@ class Evaluation:
 
     def table(self) -> Table:
         """For people."""
+        with_score = any(r.inception_score is not None for r in self.rows)
+
+        def scores(row: StepScores) -> tuple[float | None, ...]:
+            return (row.inception_score,) if with_score else ()
+
         rows: list[tuple[Any, ...]] = [
             (
                 r.steps,
                 r.evaluations,
                 r.frechet,
+                *scores(r),
                 r.precision,
                 r.recall,
                 "-" if r.accuracy is None else f"{100 * r.accuracy:.1f} %",
@@ -105,8 +113,10 @@ class Evaluation:
             )
             for r in self.rows
         ]
-        rows.append(("held-out data", "-", self.floor, "-", "-", "-", self.held_out_nearest, "1.0 %"))
-        columns = ("steps", "NFE", "Frechet distance", "precision", "recall", "accuracy", "nearest", "copies")
+        score = ("-",) if with_score else ()
+        rows.append(("held-out data", "-", self.floor, *score, "-", "-", "-", self.held_out_nearest, "1.0 %"))
+        score = ("inception score",) if with_score else ()
+        columns = ("steps", "NFE", "Frechet distance", *score, "precision", "recall", "accuracy", "nearest", "copies")
         caption = (
             f"{self.count:,} samples ({self.method}, guidance {self.guidance:g}, seed {self.seed}) against "
             f"{self.train_count:,} training items. Features: {self.extractor}. NFE: evaluations of the field. "
@@ -282,7 +292,9 @@ def _score(
     features = features_of(reference.extractor, samples["x1"])
     draws = seeded(seed, steps, 40)
     sets = metrics.evaluate_sets(reference.train_features, features, resamples=50, generator=draws)
-    accuracy = None
+    score = accuracy = None
+    if isinstance(reference.extractor, metrics.InceptionFeatures):
+        score = metrics.inception_score(reference.extractor.logits(features)).mean
     if reference.classifier is not None and "label" in samples:
         accuracy = reference.classifier.accuracy(samples["x1"], samples["label"])
     return StepScores(
@@ -294,6 +306,7 @@ def _score(
         sets.recall,
         sets.density,
         sets.coverage,
+        score,
         accuracy,
         memory.samples_low,
         memory.closer,

@@ -74,8 +74,8 @@ EXPERIMENTS = (
     ),
     Experiment(
         "reflow",
-        "Noise to the ring of eight modes: a flow (perceptron of 3 x 128, 2,000 Adam steps of batch 256), two reflow rounds on "
-        "10,000 of the flow's own pairs (100 midpoint steps) for as many steps, and students distilled from the first "
+        "Noise to the ring of eight modes: a flow (perceptron of 3 x 128, 2,000 Adam steps of batch 256), two reflow rounds "
+        "on 10,000 of the flow's own pairs (100 midpoint steps) for as many steps, and students distilled from the first "
         "round's flow to 1, 2 and 4 steps. 2-Wasserstein distances of 1,000 points, exact; the floor is that of two fresh "
         "data sets.",
         points.reflow,
