@@ -16,7 +16,7 @@ from pantarhei.networks.ncsnpp import NCSNpp, NCSNppConfig
 from pantarhei.networks.ncsnpp_keys import from_reference, to_reference
 from plain_ncsnpp import CIFAR10, PARAMETERS, PlainNCSNpp
 
-BATCH, SIDE, ROUNDS = 16, 32, 6
+BATCH, SIDE, ROUNDS = 16, 32, 8
 BOUND = Bound("at most", 0.9)
 TOLERANCE = 1e-4
 OURS = NCSNppConfig(dropout=CIFAR10.dropout)

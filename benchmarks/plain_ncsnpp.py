@@ -83,6 +83,7 @@ class Fourier(nn.Module):
         self.W = nn.Parameter(16.0 * torch.randn(size), requires_grad=False)
 
     def forward(self, logarithm: Tensor) -> Tensor:
+        """(B,) to (B, 2 size)."""
         angle = 2 * math.pi * logarithm[:, None] * self.W[None, :]
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
@@ -92,10 +93,12 @@ class Pointwise(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, scale: float = 0.1):
         super().__init__()
-        self.W = _scaled(nn.Parameter(torch.empty(inputs, outputs)), inputs, outputs, scale)
+        self.W = nn.Parameter(torch.empty(inputs, outputs))
+        _scaled(self.W, inputs, outputs, scale)
         self.b = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H, W)."""
         y = torch.tensordot(x.permute(0, 2, 3, 1), self.W, dims=1) + self.b
         return y.permute(0, 3, 1, 2)
 
@@ -112,6 +115,7 @@ class Attention(nn.Module):
         self.NIN_3 = Pointwise(channels, channels, scale=1e-10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
         batch, channels, height, width = x.shape
         h = self.GroupNorm_0(x)
         q, k, v = self.NIN_0(h), self.NIN_1(h), self.NIN_2(h)
@@ -137,6 +141,7 @@ class Residual(nn.Module):
         self.Conv_2 = _conv(inputs, outputs, 1) if inputs != outputs or change else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H', W')."""
         h = F.silu(self.GroupNorm_0(x))
         if self.change:
             h, x = _resample(h, self.change, self.fir), _resample(x, self.change, self.fir)
@@ -157,6 +162,7 @@ class Combine(nn.Module):
         self.Conv_0 = _conv(inputs, outputs, 1)
 
     def forward(self, image: Tensor, h: Tensor) -> Tensor:
+        """Image (B, inputs, H, W), features (B, outputs, H, W) to features."""
         return self.Conv_0(image) + h
 
 
@@ -203,6 +209,7 @@ class PlainNCSNpp(nn.Module):
         self.all_modules = nn.ModuleList(modules)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """The velocity at (x, t)."""
         config, levels, module = self.config, len(self.config.multipliers), iter(self.all_modules)
         time = TIME_SCALE * t
         embedding = next(module)(torch.log(time)) if config.fourier else sinusoid(time, config.width)
@@ -286,11 +293,10 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
     return linear
 
 
-def _scaled(weight: nn.Parameter, inputs: int, outputs: int, scale: float) -> nn.Parameter:
+def _scaled(weight: Tensor, inputs: int, outputs: int, scale: float) -> None:
     """Uniform with variance `scale` over the mean of fan-in and fan-out."""
     bound = math.sqrt(6.0 * scale / (inputs + outputs))
     nn.init.uniform_(weight, -bound, bound)
-    return weight
 
 
 def largest_error(folder: Path, name: str) -> float:

@@ -14,6 +14,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,8 +126,7 @@ class Both:
     def sample_theirs(self) -> dict[str, Work]:
         """The same with the peer's sampler."""
         return {
-            way: lambda sampler=sampler: sampler.sample_loop(num_samples=self.case.batch)
-            for way, sampler in self.samplers.items()
+            way: partial(sampler.sample_loop, num_samples=self.case.batch) for way, sampler in self.samplers.items()
         }
 
     def sample_bare(self) -> Work:

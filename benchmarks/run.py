@@ -12,7 +12,15 @@ from pathlib import Path
 
 from harness import RESULTS, line, save, table
 
-SUITE = ("solve_overhead", "solve_rows", "train_unet", "pairs", "time_to_quality")
+SUITE = (
+    "solve_overhead",
+    "solve_rows",
+    "train_unet",
+    "rectified_flow_peer",
+    "ncsnpp",
+    "pairs",
+    "time_to_quality",
+)
 PAGE = RESULTS.parent.parent / "benchmarks.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import pantarhei as pr
 from pantarhei.cli.main import main
@@ -70,7 +70,7 @@ def test_rounds_distillation_and_analysis(runs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("transfer", "round-1", "round-2", "remainder"))
     found = json.loads((last / "analysis/analysis.json").read_text())
-    assert set(found["rounds"]) == {"transfer", "round-1", "round-2"}
+    assert [name for name, _ in found["rounds"]] == ["transfer", "round-1", "round-2"]
     assert (last / "analysis/analysis.html").stat().st_size > 10_000
     assert (last / "analysis/trajectories.png").is_file()
 
@@ -123,7 +123,7 @@ def test_images_with_classifier_metric_and_feature_loss(runs, tmp_path):
         images = torch.rand(60, 1, 8, 8, generator=generator) * 0.4 + shift
         np.save(tmp_path / f"{name}.npy", images.numpy())
     recipe = RectifiedFlowConfig(
-        data=DataConfig(str(tmp_path / "light.npy")), source=str(tmp_path / "dark.npy"), features=1.0
+        data=DataConfig(str(tmp_path / "light.npy")), source=str(tmp_path / "dark.npy"), feature_loss=True
     )
     task, _ = build_task(recipe, 0)
     batch = task.data.fetch(torch.arange(8))
@@ -158,3 +158,44 @@ def test_claims_run_and_go_on(tmp_path, capsys):
     assert "kept from" in capsys.readouterr().out
     refused(capsys, "did you mean 'balance'", "reproduce", "rectified-flow", "--only", "balanse", "--out", tmp_path)
     refused(capsys, "rectified-flow", "reproduce", "nothing", "--out", tmp_path)
+
+
+def test_reverse_students_inputs_and_error_control(runs, tmp_path, capsys):
+    distil = ["straighten", "distil", runs / "transfer", "--reverse", "--out", tmp_path / "back"]
+    assert run(*distil, *MADE) == 0
+    assert "pantarhei invert" in (tmp_path / "back/README.md").read_text()
+    assert run("invert", tmp_path / "back", "--count", 10, "--out", tmp_path / "x") == 0
+    assert "reconstruction" not in load_file(tmp_path / "x/inverted.safetensors")
+    refused(capsys, "use pantarhei invert", "sample", tmp_path / "back", "--out", tmp_path / "y")
+    # What invert wrote starts samples: x0, not the data.
+    assert run("invert", runs / "digits", "--count", 6, "--steps", 5, "--out", tmp_path / "i") == 0
+    noise = tmp_path / "i/inverted.safetensors"
+    assert run("sample", runs / "digits", "--input", noise, "--steps", 5, "--out", tmp_path / "s") == 0
+    again, known = load_file(tmp_path / "s/samples.safetensors"), load_file(noise)
+    assert torch.equal(again["x0"], known["x0"])
+    assert torch.equal(again["label"], known["label"])
+    save_file({"x0": torch.full((2, 1, 8, 8), float("nan"))}, tmp_path / "nan.safetensors")
+    bad = ["sample", runs / "digits", "--out", tmp_path / "z", "--input"]
+    refused(capsys, "NaN", *bad, tmp_path / "nan.safetensors")
+    save_file({"x0": torch.zeros(0, 1, 8, 8)}, tmp_path / "none.safetensors")
+    refused(capsys, "expected items of shape", *bad, tmp_path / "none.safetensors")
+    capsys.readouterr()
+    adaptive = ["--method", "dopri5", "--rtol", "1e-3", "--count", 4]
+    assert run("sample", runs / "digits", *adaptive, "--out", tmp_path / "a") == 0
+    assert "evaluations of the network" in capsys.readouterr().out
+    refused(capsys, "without --steps", "sample", runs / "digits", *adaptive, "--steps", 3, "--out", tmp_path / "a")
+    assert run("evaluate", runs / "digits", "--method", "dopri5", "--rtol", "1e-2", "--count", 20) == 0
+    assert "adaptive" in capsys.readouterr().out
+
+
+def test_rounds_go_on_after_an_interruption(runs, tmp_path, capsys):
+    command = ["straighten", "reflow", runs / "transfer", "--out", tmp_path, *MADE]
+    assert run(*command, "--rounds", 1, "--out", tmp_path / "round-1") == 0
+    assert run(*command, "--rounds", 2, "--resume") == 0
+    assert pr.load(tmp_path / "round-2").provenance.rectified == 2
+    distil = ["straighten", "distil", runs / "transfer", "--out", tmp_path / "d", *MADE]
+    refused(capsys, "compares images", *distil, "--metric", "gradients")
+    refused(capsys, "eps", *distil, "--eps", "0.7")
+    assert not (tmp_path / "d").exists()
+    assert run("straighten", "distil", "--preset", "cifar10", "--help") == 0
+    assert "dopri5" in capsys.readouterr().out

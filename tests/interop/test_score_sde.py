@@ -54,7 +54,7 @@ def test_file_is_what_the_reference_writes(tmp_path):
     flow = random_flow(CASES["256 pixels"])
     path = score_sde.write(flow, tmp_path / "checkpoint_1.pth")
     content = torch.load(path, weights_only=True)
-    assert content.keys() == {"optimizer", "model", "ema", "step"}
+    assert content.keys() == {"optimizer", "model", "ema", "step", "pantarhei"}
     assert all(name.startswith("module.") for name in content["model"])
     own = to_reference(flow.network.state_dict(), flow.network.config)
     # The random frequencies are a frozen parameter there: counted by the optimiser, not by the average.
@@ -76,6 +76,7 @@ def test_what_is_not_known_is_not_guessed(tmp_path):
 
 
 def damaged(content, how):
+    del content["pantarhei"]  # as a file of theirs
     names = list(content["model"])
     if how == "missing":
         del content["model"]["module.all_modules.5.Conv_0.weight"]
@@ -138,3 +139,22 @@ def test_raw_only_file_of_a_larger_image(tmp_path):
     with pytest.raises(ValueError, match="give the size"):
         pr.load(tmp_path / "w.pth")
     assert pr.load(tmp_path / "w.pth", size=32).network.config == config
+
+
+@pytest.mark.parametrize("change", [{"filter": (1, 3, 3, 1)}, {"rescale": False}, {"attention": (8,), "size": 32}])
+def test_what_the_names_do_not_tell_survives_the_way_back(change, tmp_path):
+    flow = random_flow(NCSNppConfig(**{**SMALL, **change}))
+    assert pr.load(score_sde.write(flow, tmp_path / "c.pth")).network.config == flow.network.config
+
+
+def test_distilled_checkpoints_and_odd_names(tmp_path):
+    path = score_sde.write(random_flow(CASES["cifar"]), tmp_path / "c.pth")
+    student = pr.load(path, rectified=1, distilled=1)
+    assert student.provenance.notes["steps"] == 1
+    with pytest.raises(ValueError, match="distilled to 1 steps"):
+        student.log_prob(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="rectified: must be at least 0"):
+        pr.load(path, rectified=-3)
+    torch.save({"all_modules.x.w": torch.zeros(2)}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=r"odd.pth: expected names all_modules.<number>"):
+        pr.load(tmp_path / "odd.pth")

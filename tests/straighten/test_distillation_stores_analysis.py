@@ -9,6 +9,7 @@ import torch
 import pantarhei as pr
 from pantarhei.data.shards import ShardStore
 from pantarhei.flow import EmpiricalField, Flow, GaussianMixture, GradientPyramid, MixtureField
+from pantarhei.flow.numbered import join, numbered_samples
 from pantarhei.networks import MLP, MLPConfig, UNet, UNetConfig
 from pantarhei.straighten import (
     ArrayPairs,
@@ -196,3 +197,68 @@ def test_marginals_stay_for_the_exact_field_and_not_for_a_wrong_one():
     wrong = check_marginals(still, x0, x1, fresh, times=(0.75,), permutations=49, generator=generator)
     assert wrong[0].p_value <= 0.02
     assert math.isfinite(wrong[0].distance)
+
+
+def test_a_student_is_not_judged_on_the_noise_it_learned(tmp_path):
+    flow = exact()
+    pairs = make_pairs(flow, 50, tmp_path, seed=0, solver=Solver("euler", 2)).tensors()
+    samples = join(numbered_samples(flow, range(50), seed=0, steps=2))
+    assert torch.cdist(pairs["x0"], samples["x0"]).min() > 1e-4
+
+
+def test_rounds_draw_anew_and_go_on(tmp_path):
+    options = {"pairs": 64, "to": tmp_path, "iterations": 2, "solver": Solver("euler", 2), "batch": 16, **QUIET}
+    first = reflow(learner(), rounds=2, **options)
+    a, b = (ShardStore(tmp_path / f"round-{i}/pairs").tensors()["x0"] for i in (1, 2))
+    assert torch.cdist(a, b).min() > 1e-4
+    # As after a kill between the rounds: finished ones are kept, and the next one follows.
+    again = reflow(learner(), rounds=3, resume=True, **options)
+    assert again.provenance.rectified == 3
+    kept = pr.load(tmp_path / "round-2").network.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in first.network.state_dict().items())
+
+
+def test_a_distilled_flow_is_no_velocity_field(tmp_path):
+    flow = learner()
+    pairs = make_pairs(flow, 64, tmp_path / "pairs", solver=Solver("euler", 2))
+    student = distillation_task(flow, pairs, steps=2).result()
+    for use in (
+        lambda: student.log_prob(torch.zeros(2, 2)),
+        lambda: balance(student, torch.zeros(2, 2), torch.zeros(2, 2)),
+        lambda: reflow_task(student, pairs),
+        lambda: distillation_task(student, pairs),
+    ):
+        with pytest.raises(ValueError, match="distilled to 2 steps"):
+            use()
+
+
+def test_swapped_arrays_are_found_by_the_teacher(tmp_path):
+    # Standardised data look like noise: only the flow itself can tell.
+    target = GaussianMixture(torch.ones(2), torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.full((2,), 0.01))
+    flow = Flow(MixtureField(target), shape=(2,))
+    right = make_pairs(flow, 600, tmp_path / "store", solver=Solver("heun", 20))
+    write_array_pairs(right, tmp_path / "right")
+    check_pairs(open_pairs(tmp_path / "right"), flow)
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "right/z0.npy").rename(tmp_path / "wrong/z1.npy")
+    (tmp_path / "right/z1.npy").rename(tmp_path / "wrong/z0.npy")
+    with pytest.raises(ValueError, match="swapped"):
+        check_pairs(open_pairs(tmp_path / "wrong"), flow)
+    with pytest.raises(ValueError, match="not made by this flow"):
+        check_pairs(ArrayPairs(write_array_pairs(right, tmp_path / "again")), exact())
+    with pytest.raises(ValueError, match="data of another set"):
+        check_pairs(ArrayPairs(tmp_path / "again", gaussian=False), flow)
+
+
+def test_some_pairs_are_held_out_and_solved_adaptively(tmp_path):
+    flow = learner()
+    pairs = make_pairs(flow, 400, tmp_path / "pairs", solver=Solver("dopri5", rtol=1e-4))
+    assert (pairs.header["steps"], pairs.header["rtol"]) == (None, 1e-4)
+    task = reflow_task(flow, pairs)
+    assert (len(task.data), len(task.held_out)) == (380, 20)
+    assert math.isfinite(task.validate())
+
+
+def test_a_gradient_pyramid_wants_images():
+    with pytest.raises(ValueError, match="compares images"):
+        GradientPyramid()(torch.zeros(3, 2), torch.zeros(3, 2))

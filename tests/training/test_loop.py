@@ -257,11 +257,13 @@ def test_runs_are_protected(tmp_path):
     train(flow_task(), tmp_path / "run", iterations=5, batch=16, **QUIET)
     for options, message in (
         ({}, "already holds a run"),
-        ({"resume": True}, "already at iteration 5"),
+        ({"resume": True, "iterations": 4}, "already at iteration 5"),
         ({"resume": True, "iterations": 9, "batch": 8}, r"batch \(16, now 8\)"),
     ):
         with pytest.raises(ValueError, match=message):
             train(flow_task(), tmp_path / "run", **{"iterations": 5, "batch": 16, **QUIET, **options})
+    again = flow_task()
+    assert train(again, tmp_path / "run", resume=True, iterations=5, batch=16, **QUIET).reason == "finished"
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):

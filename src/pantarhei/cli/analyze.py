@@ -47,6 +47,9 @@ def analyze(
         raise ValueError(f"--steps: at least 50 are needed, got {steps}")
     chain = [run]
     while (teacher := _teacher(chain[0])) is not None:
+        if not (teacher / CONFIG).is_file():
+            print(f"the teacher of {chain[0]}, {teacher}, is not there: earlier rounds are left out")
+            break
         chain.insert(0, teacher)
     rounds = [_coupled(folder, count, seed, device) for folder in chain]
     result = analyse(rounds, steps=steps, seed=seed)
@@ -59,29 +62,41 @@ def analyze(
 
 
 def _teacher(run: Path) -> Path | None:
-    """The run that made the pairs of this one, where its folder is there and it is not a distillation."""
-    if not (run / CONFIG).is_file():
+    """The run that made the pairs of this one; None for a first flow."""
+    config = Run.open(run).config if (run / CONFIG).is_file() else {}
+    if config.get("kind") != "reflow" or not config.get("teacher"):
         return None
-    config = Run.open(run).config
-    teacher = Path(config["teacher"]) if config.get("kind") == "reflow" and config.get("teacher") else None
-    return teacher if teacher is not None and (teacher / CONFIG).is_file() else None
+    told = Path(config["teacher"])
+    # As it was told, or beside the run where this was moved or is looked at from elsewhere.
+    places = (told, run.parent / told.name, run.parent.parent / told.name)
+    return next((p for p in places if (p / CONFIG).is_file() and p.resolve() != run.resolve()), told)
 
 
 def _coupled(run: Path, count: int, seed: int, device: Device) -> Coupled:
     """The flow with draws of the coupling that it was trained on: its stored pairs, or independent ones."""
     flow = load(run).to(find_device(device)).eval()
-    if (run / "pairs").is_dir():
-        pairs = open_pairs(run / "pairs").tensors(count)
+    flow.require_field()
+    folder = _pairs(run)
+    if folder is not None:
+        pairs = open_pairs(folder, gaussian=bool(getattr(flow.source, "gaussian", False))).tensors(count)
         x0, x1 = pairs["x0"], pairs["x1"]
         conditions = {name: pairs[name] for name in flow.conditions}
     else:
         if flow.provenance.rectified:
-            raise ValueError(f"{run}: the pairs it was trained on are not in {run / 'pairs'}")
+            raise ValueError(
+                f"{run}: the pairs it was trained on are not there (made online, or moved from {run / 'pairs'})"
+            )
         data = data_of(run)[0]
         batch = data.fetch(torch.randperm(len(data), generator=seeded(seed, 52))[:count])
         conditions = {name: batch[name] for name in flow.conditions}
         x1, x0 = batch["x1"], _source(run, flow, seed, len(batch["x1"]))
     return Coupled(run.name, flow, x0.to(flow.device, flow.dtype), x1.to(flow.device, flow.dtype), conditions)
+
+
+def _pairs(run: Path) -> Path | None:
+    """Where the pairs of a run are."""
+    told = Run.open(run).config.get("pairs") if (run / CONFIG).is_file() else None
+    return next((p for p in (run / "pairs", *([Path(told)] if told else [])) if p.is_dir()), None)
 
 
 def _source(run: Path, flow: Flow, seed: int, count: int) -> torch.Tensor:

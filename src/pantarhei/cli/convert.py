@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
+from pantarhei.cli.opening import read_checkpoint
 from pantarhei.interop import load, score_sde
 from pantarhei.interop.loading import find_checkpoint
 from pantarhei.training import Run
@@ -20,6 +21,8 @@ def convert(
     weights: Literal["average", "raw"] = "average",
     size: int | None = None,
     rectified: int | None = None,
+    distilled: int | None = None,
+    checkpoint: str = "newest",
 ) -> int:
     """Turn a published checkpoint into a folder of ours, or a run or folder of ours into the published layout.
 
@@ -31,10 +34,13 @@ def convert(
         size: side of the images of a checkpoint whose attention does not sit at side 16.
         rectified: how many reflow rounds a checkpoint went through, which its file does not say; 0 for 1-rectified flow.
             Score, SDE and likelihood are refused where this is left out.
+        distilled: steps that a checkpoint was distilled to, where it was.
+        checkpoint: of a run: newest, best or an iteration.
     """
-    overrides: dict[str, Any] = {"size": size, "rectified": rectified} if source.is_file() else {}
-    if not source.is_file() and (size is not None or rectified is not None):
-        raise ValueError("--size, --rectified: only a checkpoint file needs them")
+    told = {"size": size, "rectified": rectified, "distilled": distilled}
+    overrides: dict[str, Any] = told if source.is_file() else {"checkpoint": read_checkpoint(checkpoint)}
+    if not source.is_file() and any(value is not None for value in told.values()):
+        raise ValueError("--size, --rectified, --distilled: only a checkpoint file needs them")
     averaged = weights == "average"
     flow = load(source, averaged=averaged, **overrides)
     if to == "pantarhei":
@@ -48,10 +54,12 @@ def convert(
         return 0
     if out.suffix not in (".pth", ".pt"):
         raise ValueError(f"--out: the score-sde layout is a .pth file, got {out.name}")
-    raw, iterations = None, 0
+    about: dict[str, Any] = {}
     if (source / CONFIG).is_file():
-        raw = load(source, averaged=False).network.state_dict() if averaged else None
-        iterations = int(find_checkpoint(Run.open(source), "newest").name)
-    score_sde.write(flow, out, raw=raw, iterations=iterations)
+        run = Run.open(source)
+        about["raw"] = load(source, averaged=False, **overrides).network.state_dict() if averaged else None
+        about["iterations"] = int(find_checkpoint(run, read_checkpoint(checkpoint)).name)
+        about["decay"] = float(run.config.get("recipe", {}).get("average", 0.999999))
+    score_sde.write(flow, out, **about)
     print(f"{source} -> {out}")
     return 0

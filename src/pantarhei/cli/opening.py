@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +29,7 @@ def open_flow(run: Path, checkpoint: str = "newest", device: Device = "auto") ->
     Raises:
         FileNotFoundError, ValueError: there is nothing to open, or it is damaged.
     """
-    flow = load(run, checkpoint=_checkpoint(checkpoint))
+    flow = load(run, checkpoint=read_checkpoint(checkpoint))
     recipe = recipe_of(run)
     start = open_source(recipe) if recipe is not None else None
     if start is not None:
@@ -60,28 +62,57 @@ def default_steps(flow: Flow) -> int:
     return int(flow.provenance.notes.get("steps", 50))
 
 
-def read_input(path: Path, flow: Flow, count: int) -> Tensor:
-    """Items to start from: images in a folder, zip or file, or `x` of a `.safetensors` file; as many as asked for.
+def read_input(path: Path, flow: Flow, count: int, keys: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Items to start from, and their conditions where the file has them; as many as asked for.
+
+    Args:
+        path: images in a folder, zip or file, or a `.safetensors` file.
+        flow: what they are for.
+        count: at most so many.
+        keys: names of the tensor in a `.safetensors` file, the first one there is taken.
 
     Raises:
         FileNotFoundError: there is no such path.
-        ValueError: they have another shape than the flow's samples.
+        ValueError: they have another shape than the flow's samples, there are none, or they are not finite.
     """
     if not path.exists():
         raise FileNotFoundError(f"--input: there is no {path}")
+    found: dict[str, Tensor]
     if path.suffix == ".safetensors":
-        tensors = read_tensors(path)
-        if "x" not in tensors:
-            raise ValueError(f"--input: {path} holds {', '.join(tensors)}; expected a tensor x")
-        x = tensors["x"][:count]
+        found = read_tensors(path)
+        key = next((key for key in keys if key in found), None)
+        if key is None:
+            raise ValueError(f"--input: {path} holds {', '.join(found)}; expected {' or '.join(keys)}")
+        x = found[key]
     else:
+        if keys[0] == "x0" and getattr(flow.source, "gaussian", False):
+            raise ValueError("--input: this flow starts from noise, not from images; give a .safetensors file with x0")
         shape = flow.shape or ()
         options: dict[str, Any] = {"size": shape[-1], "channels": shape[0]} if len(shape) == 3 else {}
         source = open_images(path, **options)
-        x = source.fetch(torch.arange(min(count, len(source))))["x1"]
-    if tuple(x.shape[1:]) != flow.shape:
-        raise ValueError(f"--input: items have shape {tuple(x.shape[1:])}, this flow's {flow.shape}")
-    return x.to(flow.device, flow.dtype)
+        found = source.fetch(torch.arange(min(count, len(source))))
+        x = found["x1"]
+    if tuple(x.shape[1:]) != flow.shape or not len(x):
+        raise ValueError(f"--input: expected items of shape {flow.shape}, got {tuple(x.shape)}")
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"--input: {path} holds NaN or infinity")
+    conditions = {name: found[name][:count] for name in flow.conditions if name in found}
+    return x[:count].to(flow.device, flow.dtype), conditions
+
+
+@contextmanager
+def counted_calls(flow: Flow) -> Iterator[list[int]]:
+    """Counts calls of the network: the first entry of what it gives."""
+    calls = [0]
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+
+    handle = flow.network.register_forward_hook(count)
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 def find_device(name: Device) -> torch.device:
@@ -93,7 +124,8 @@ def find_device(name: Device) -> torch.device:
     return torch.device(name)
 
 
-def _checkpoint(name: str) -> Literal["newest", "best"] | int:
+def read_checkpoint(name: str) -> Literal["newest", "best"] | int:
+    """newest, best, or an iteration."""
     if name == "newest":
         return "newest"
     if name == "best":

@@ -11,7 +11,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from pantarhei.cli.opening import Device, data_of, default_steps, open_flow, read_input
+from pantarhei.cli.opening import Device, counted_calls, data_of, default_steps, open_flow, read_input
 from pantarhei.data import Source
 from pantarhei.data.seeds import generator as seeded
 from pantarhei.files import write_tensors
@@ -34,6 +34,7 @@ def sample(
     shift: float = 1.0,
     sde: bool = False,
     epsilon: float = 0.5,
+    rtol: float | None = None,
     published_grid: bool = False,
     input: Path | None = None,
     seed: int = 0,
@@ -56,6 +57,8 @@ def sample(
         shift: resolution shift of the time grid; above 1 spends more steps near the noise.
         sde: sample the stochastic equation with the same marginals (Euler-Maruyama).
         epsilon: its amount of noise.
+        rtol: error control with this relative and absolute tolerance instead of a number of steps (with bosh3, dopri5 or
+            tsit5); the paper's figures have dopri5 at 1e-5.
         published_grid: Euler steps as the published rectified flow code takes them, to compare with its figures.
         input: images (a folder, zip or file) or a .safetensors file with x to start from.
         seed: sample i depends on (seed, i) only; the noise of --sde on --batch too.
@@ -65,7 +68,13 @@ def sample(
     """
     _check(count, batch, steps)
     flow = open_flow(run, checkpoint, device)
+    if flow.provenance.notes.get("direction"):
+        raise ValueError("this flow was distilled to run from data to source; use pantarhei invert")
     options: dict[str, Any] = {"steps": steps or default_steps(flow), "guidance": guidance, "shift": shift}
+    if rtol is not None:
+        if sde or steps is not None or method not in ("bosh3", "dopri5", "tsit5"):
+            raise ValueError("--rtol: goes with --method bosh3, dopri5 or tsit5, and without --steps and --sde")
+        options |= {"steps": None, "rtol": rtol, "atol": rtol}
     if not sde:
         options["method"] = method
     elif method != "euler":
@@ -73,23 +82,31 @@ def sample(
     else:
         options |= {"epsilon": epsilon, "generator": seeded(seed, 50, device=flow.device)}
     if published_grid:
+        if sde or method != "euler":
+            raise ValueError("--published-grid: is a grid of Euler steps; leave --method and --sde out")
         if not flow.interval[0] > 0:
             raise ValueError("--published-grid: is for networks trained from a first time on, such as 0.001")
         options["transforms"] = [Stretched(1 / (1 - flow.interval[0]))]
     conditions = _conditions(run, flow, label)
     began = time.monotonic()
-    if input is None:
-        found = join(numbered_samples(flow, range(count), seed=seed, conditions=conditions, batch=batch, **options))
-    else:
-        found = _from_input(flow, read_input(input, flow, count), conditions, batch, options)
+    with counted_calls(flow) as calls:
+        if input is None:
+            found = join(numbered_samples(flow, range(count), seed=seed, conditions=conditions, batch=batch, **options))
+        else:
+            x0, given = read_input(input, flow, count, ("x0", "x"))
+            found = _from_input(flow, x0, given, conditions, batch, options)
+    evaluations = calls[0] / -(-len(found["x1"]) // batch)
     seconds = time.monotonic() - began
     x = found["x1"]
     metadata = {k: str(v) for k, v in {"run": run, "seed": seed, **options}.items() if k != "generator"}
     write_tensors(out / "samples.safetensors", {"x": x, **{k: v for k, v in found.items() if k != "x1"}}, metadata)
-    _picture(x, out / "samples.png", f"{len(x)} samples, {options['steps']} steps")
+    _picture(x, out / "samples.png", f"{len(x)} samples")
     if not getattr(flow.source, "gaussian", False):
         _picture(found["x0"], out / "starts.png", "what they started from")
-    print(f"{len(x)} samples in {seconds:.2f} s ({len(x) / seconds:.0f} a second) in {out}")
+    print(
+        f"{len(x)} samples, {evaluations:.4g} evaluations of the network each, in {seconds:.2f} s "
+        f"({len(x) / seconds:.0f} a second) in {out}"
+    )
     return 0
 
 
@@ -98,7 +115,7 @@ def invert(
     out: Path,
     count: int = 64,
     steps: int | None = None,
-    method: Method = "heun",
+    method: Method | None = None,
     input: Path | None = None,
     seed: int = 0,
     batch: int = 256,
@@ -115,7 +132,7 @@ def invert(
         out: folder to write into.
         count: how many items.
         steps: steps each way; 50, or what a distilled flow was made for.
-        method: of the sampler.
+        method: of the sampler; heun, or euler for a distilled flow.
         input: images (a folder, zip or file) or a .safetensors file with x; held-out data of the run by default.
         seed: which held-out items.
         batch: items at a time.
@@ -124,11 +141,16 @@ def invert(
     """
     _check(count, batch, steps)
     flow = open_flow(run, checkpoint, device)
+    distilled = flow.provenance.coupling == "distilled"
+    if distilled and not flow.provenance.notes.get("direction"):
+        raise ValueError(
+            "this flow was distilled to run from source to data; distil its teacher with --reverse instead"
+        )
+    method = method or ("euler" if distilled else "heun")
     options: dict[str, Any] = {"steps": steps or default_steps(flow), "method": method}
     if input is not None:
-        items = {"x1": read_input(input, flow, count)}
-        if flow.conditions:
-            items["label"] = _null_labels(flow, len(items["x1"]))
+        x1, given = read_input(input, flow, count, ("x", "x1"))
+        items = {"x1": x1, **_with_null_labels(flow, given, len(x1))}
     else:
         held_out = data_of(run)[1]
         rows = torch.randperm(len(held_out), generator=seeded(seed, 51))[:count]
@@ -138,18 +160,21 @@ def invert(
         x = items["x1"][first : first + batch].to(flow.device, flow.dtype)
         condition = {name: items[name][first : first + batch] for name in flow.conditions} or None
         x0 = flow.invert(x, condition=condition, **options)
-        back = flow.sample(x0=x0, condition=condition, **options)
-        parts.append({"x": x.float().cpu(), "x0": x0.float().cpu(), "reconstruction": back.float().cpu()})
+        part = {"x": x, "x0": x0}
+        if not distilled:
+            part["reconstruction"] = flow.sample(x0=x0, condition=condition, **options)
+        parts.append({name: value.float().cpu() for name, value in part.items()})
     found = join(iter(parts)) | {name: items[name] for name in flow.conditions}
     write_tensors(out / "inverted.safetensors", found, {"run": str(run), **{k: str(v) for k, v in options.items()}})
     for name in ("x", "x0", "reconstruction"):
-        _picture(found[name], out / f"{name}.png", name)
-    x, back, x0 = found["x"], found["reconstruction"], found["x0"]
-    error = float((back - x).square().mean().sqrt())
-    print(
-        f"{len(x)} items, {options['steps']} {method} steps each way: reconstruction error {error:.4g} (root mean square; "
-        f"the data's deviation is {float(x.std()):.3g}); x0 has mean {float(x0.mean()):.3g}, deviation {float(x0.std()):.3g}"
-    )
+        if name in found:
+            _picture(found[name], out / f"{name}.png", name)
+    x, x0 = found["x"], found["x0"]
+    moments = f"x0 has mean {float(x0.mean()):.3g}, deviation {float(x0.std()):.3g}"
+    print(f"{len(x)} items, {options['steps']} {method} steps: {moments}")
+    if "reconstruction" in found:
+        error = float((found["reconstruction"] - x).square().mean().sqrt())
+        print(f"reconstruction error {error:.4g} (root mean square; the data's deviation is {float(x.std()):.3g})")
     print(out)
     return 0
 
@@ -180,20 +205,25 @@ def _fixed_label(flow: Flow, label: int) -> Conditions:
     return fixed
 
 
-def _null_labels(flow: Flow, count: int) -> Tensor:
+def _with_null_labels(flow: Flow, given: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The given conditions; the null class where no labels are given."""
+    if set(given) == set(flow.conditions):
+        return given
     null = flow.null.get("label")
     if flow.conditions != ("label",) or not isinstance(null, int):
         raise ValueError(f"--input: this flow is conditioned on {', '.join(flow.conditions)}, which the input lacks")
-    return torch.full((count,), null)
+    return {"label": torch.full((count,), null)}
 
 
-def _from_input(flow: Flow, x0: Tensor, conditions: Any, batch: int, options: dict[str, Any]) -> dict[str, Tensor]:
+def _from_input(
+    flow: Flow, x0: Tensor, given: dict[str, Tensor], conditions: Any, batch: int, options: dict[str, Any]
+) -> dict[str, Tensor]:
     parts = []
     for first in range(0, len(x0), batch):
         part = x0[first : first + batch]
-        named = {} if conditions is None else conditions(range(first, first + len(part)))
-        if flow.conditions and not named:
-            named = {"label": _null_labels(flow, len(part))}
+        numbers = range(first, first + len(part))
+        own = {name: value[first : first + batch] for name, value in given.items()}
+        named = _with_null_labels(flow, own, len(part)) if conditions is None else conditions(numbers)
         x1 = flow.sample(x0=part, condition=named or None, **options)
         parts.append({"x0": part.float().cpu(), "x1": x1.float().cpu(), **named})
     return join(iter(parts))

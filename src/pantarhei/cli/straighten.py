@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
+from torch import nn
 
 from pantarhei.cli.opening import data_of, recipe_of
 from pantarhei.cli.train import Keeping, Machines, check_new, report_end
-from pantarhei.data.shards import HEADER, ShardStore
 from pantarhei.flow import Flow
+from pantarhei.flow.numbered import numbered_conditions, numbered_source
 from pantarhei.flow.times import build_time_law
 from pantarhei.interop import load
 from pantarhei.recipes.perceptual import MetricName, build_metric
@@ -21,13 +23,18 @@ from pantarhei.straighten import (
     OnlinePairs,
     PairSource,
     Solver,
+    check_teacher,
     distillation_task,
     inspect_pairs,
     make_pairs,
     open_pairs,
+    pair_folder,
     reflow_task,
+    straightness,
 )
 from pantarhei.training import FlowTask, Optimization, Run, train
+
+PairMethod = Literal["euler", "midpoint", "heun", "rk4", "bosh3", "dopri5", "tsit5"]
 
 
 def straighten_reflow(
@@ -41,11 +48,13 @@ def straighten_reflow(
     iterations: int = 2000,
     batch: int = 128,
     seed: int = 0,
-    pair_method: Literal["euler", "midpoint", "heun", "rk4"] = "heun",
+    pair_method: PairMethod = "heun",
     pair_steps: int = 20,
+    pair_rtol: float | None = None,
     guidance: float = 1.0,
     times: TimesName = "uniform",
     start: Literal["average", "raw"] = "average",
+    dropout: float | None = None,
     lr: float = 1e-3,
     warmup: int = 20,
     decay: Literal["constant", "linear", "cosine"] = "cosine",
@@ -64,15 +73,17 @@ def straighten_reflow(
         pairs_from: pairs that are there already: a pair store, or folders with z0.npy and z1.npy.
         online: make every pair when it is needed instead of storing them (slower, never the same pair twice).
         any_teacher: allow stored pairs that other weights made.
-        rounds: how often to straighten.
+        rounds: how often to straighten. An interrupted command goes on with --resume; finished rounds are kept.
         iterations: batches to train on, each round.
         batch: global batch size.
         seed: of pairs and training.
         pair_method: solver that makes the pairs.
         pair_steps: its steps.
+        pair_rtol: error control with this tolerance instead of steps (dopri5, bosh3 or tsit5; the paper: dopri5, 1e-5).
         guidance: guidance scale baked into the pairs.
         times: law of the training time.
         start: weights of the teacher that the student goes on from (the average makes the pairs in any case).
+        dropout: of the student, where it should differ from the teacher's.
         lr: learning rate.
         warmup: iterations of warm-up.
         decay: of the learning rate.
@@ -88,17 +99,20 @@ def straighten_reflow(
         raise ValueError("--pairs-from: later rounds need pairs of their own; give --pairs")
     if rounds == 1:
         check_new(out, resume)
-    solver = Solver(pair_method, pair_steps, guidance)
+    solver = _solver(pair_method, pair_steps, guidance, pair_rtol)
     teacher, status = run, 0
     for number in range(1, rounds + 1):
         folder = out / f"round-{number}" if rounds > 1 else out
         check_new(folder, resume)
-        flow = _open_teacher(teacher)
+        flow = _open_teacher(teacher, machines)
+        flow.require_field()
+        # New draws in every round, as the method asks.
+        draws = seed + number - 1
         store: PairSource
         if online:
-            store = OnlinePairs(flow, iterations * batch, seed=seed, solver=solver, teacher=str(teacher))
+            store = OnlinePairs(flow, iterations * batch, seed=draws, solver=solver, teacher=str(teacher))
         else:
-            store = _pairs(flow, teacher, folder, pairs, seed, solver, pairs_from)
+            store = _pairs(flow, teacher, folder, pairs, draws, solver, pairs_from)
         task = reflow_task(
             flow,
             store,
@@ -109,10 +123,12 @@ def straighten_reflow(
             average=average,
             teacher=str(teacher),
         )
+        _set_dropout(task.flow.network, dropout)
         options = {"resume": resume, "iterations": iterations, "batch": batch, "seed": seed}
-        status = _train(task, folder, "reflow", teacher, options, machines, keeping)
+        status = _train(task, folder, "reflow", teacher, store, options, machines, keeping)
         if status:
             return status
+        _compare(flow, task.result())
         teacher = folder
     return status
 
@@ -131,9 +147,11 @@ def straighten_distil(
     iterations: int = 2000,
     batch: int = 128,
     seed: int = 0,
-    pair_method: Literal["euler", "midpoint", "heun", "rk4"] = "heun",
+    pair_method: PairMethod = "heun",
     pair_steps: int = 20,
+    pair_rtol: float | None = None,
     guidance: float = 1.0,
+    dropout: float | None = None,
     lr: float = 1e-3,
     warmup: int = 20,
     decay: Literal["constant", "linear", "cosine"] = "cosine",
@@ -161,7 +179,9 @@ def straighten_distil(
         seed: of pairs and training.
         pair_method: solver that makes the pairs.
         pair_steps: its steps.
+        pair_rtol: error control with this tolerance instead of steps (dopri5, bosh3 or tsit5; the paper: dopri5, 1e-5).
         guidance: guidance scale baked into the pairs.
+        dropout: of the student, where it should differ from the teacher's.
         lr: learning rate.
         warmup: iterations of warm-up.
         decay: of the learning rate.
@@ -174,13 +194,17 @@ def straighten_distil(
     for name, value in (("pairs", pairs), ("iterations", iterations), ("batch", batch), ("steps", steps)):
         if value < 1:
             raise ValueError(f"--{name}: must be at least 1, got {value}")
-    flow = _open_teacher(run)
-    store = _pairs(flow, run, out, pairs, seed, Solver(pair_method, pair_steps, guidance), pairs_from)
+    flow = _open_teacher(run, machines)
+    check_teacher(flow, eps)
+    if metric != "squared" and len(flow.shape or ()) != 3:
+        raise ValueError(f"--metric: {metric} compares images, this flow's samples have shape {flow.shape}")
+    distance = build_metric(metric, data_of(run)[0] if metric == "classifier" else None, seed)
+    store = _pairs(flow, run, out, pairs, seed, _solver(pair_method, pair_steps, guidance, pair_rtol), pairs_from)
     task = distillation_task(
         flow,
         store,
         steps=steps,
-        metric=build_metric(metric, data_of(run)[0] if metric == "classifier" else None, seed),
+        metric=distance,
         squared_too=squared_too,
         reverse=reverse,
         eps=eps,
@@ -189,40 +213,113 @@ def straighten_distil(
         average=average,
         teacher=str(run),
     )
+    _set_dropout(task.flow.network, dropout)
     options = {"resume": resume, "iterations": iterations, "batch": batch, "seed": seed}
-    return _train(task, out, "distillation", run, options, machines, keeping)
+    return _train(task, out, "distillation", run, store, options, machines, keeping)
+
+
+# The paper's settings for its CIFAR-10 networks.
+_PAPER = {
+    "pairs": 1_000_000,
+    "pair_method": "dopri5",
+    "pair_rtol": 1e-5,
+    "iterations": 300_000,
+    "batch": 128,
+    "dropout": 0.1,
+    "lr": 2e-4,
+    "warmup": 5000,
+    "decay": "constant",
+    "average": 0.9999,
+    "keeping": Keeping(checkpoint_every=10_000, preview_every=10_000),
+}
+straighten_reflow.presets = {"cifar10": {**_PAPER, "start": "raw"}}  # type: ignore[attr-defined]
+straighten_distil.presets = {"cifar10": {**_PAPER, "eps": 1e-3}}  # type: ignore[attr-defined]
 
 
 def _train(
-    task: FlowTask, out: Path, kind: str, teacher: Path, options: dict[str, Any], machines: Machines, keeping: Keeping
+    task: FlowTask,
+    out: Path,
+    kind: str,
+    teacher: Path,
+    pairs: PairSource,
+    options: dict[str, Any],
+    machines: Machines,
+    keeping: Keeping,
 ) -> int:
     # The teacher's recipe stays with the student, so that it can be evaluated on the same data.
-    config = {"system": "rectified-flow", "kind": kind, "teacher": str(teacher), "recipe": _recipe(teacher)}
+    config: dict[str, Any] = {"system": "rectified-flow", "kind": kind, "teacher": str(teacher)}
+    config |= {"recipe": _recipe(teacher), "pairs": None if isinstance(pairs, OnlinePairs) else str(pair_folder(pairs))}
     return report_end(train(task, out, config=config, **options, **machines.options(), **keeping.options()))
 
 
-def _open_teacher(run: Path) -> Flow:
-    """The averaged flow; a transfer makes its pairs from the training part of its source."""
+def _open_teacher(run: Path, machines: Machines) -> Flow:
+    """The averaged flow, where pairs are made; a transfer makes them from the training part of its source."""
     recipe = recipe_of(run)
     start = open_source(recipe) if recipe is not None else None
-    return load(run) if start is None else load(run, source=start[0])
+    flow = load(run) if start is None else load(run, source=start[0])
+    if machines.accelerator != "cpu" and torch.cuda.is_available():
+        flow.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+    return flow.eval()
+
+
+def _solver(method: PairMethod, steps: int, guidance: float, rtol: float | None) -> Solver:
+    if rtol is not None and method not in ("bosh3", "dopri5", "tsit5"):
+        raise ValueError(f"--pair-rtol: goes with --pair-method bosh3, dopri5 or tsit5, got {method}")
+    return Solver(method, steps, guidance, rtol)
+
+
+def _set_dropout(network: nn.Module, rate: float | None) -> None:
+    """Another dropout, where the network has any."""
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Dropout)]
+    if rate is None:
+        return
+    if not 0 <= rate < 1 or not layers:
+        raise ValueError(f"--dropout: must lie in [0, 1) for a network trained with dropout, got {rate}")
+    for layer in layers:
+        layer.p = rate
+
+
+def _compare(teacher: Flow, student: Flow) -> None:
+    """Say how much straighter the student is, on a few draws."""
+    if teacher.path.spec()["name"] != "linear":
+        return
+    x0 = numbered_source(teacher, 0, range(64))
+    condition = numbered_conditions(teacher, 0)(range(64)) if teacher.conditions in ((), ("label",)) else None
+    if condition is None:
+        return
+    before, after = (
+        straightness(f.to(x0.device), x0, condition=condition or None, steps=50) for f in (teacher, student)
+    )
+    print(
+        f"straightness S / E|Z1 - Z0|^2: {before.normalised:.3g} before, {after.normalised:.3g} after (0 is straight)"
+    )
 
 
 def _pairs(flow: Flow, run: Path, out: Path, count: int, seed: int, solver: Solver, given: Path | None) -> PairSource:
-    """Given pairs, or new ones made by the first process (others wait for the files by finding them finished)."""
+    """Given pairs, or new ones, of which each process makes its share."""
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    store: PairSource
     if given is not None:
-        return open_pairs(given)
-    folder = out / "pairs"
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
-        store = make_pairs(flow, count, folder, seed=seed, solver=solver, teacher=str(run), progress=True)
-        found = inspect_pairs(store, flow)
-        print(f"pairs: {len(store):,} in {store.folder}, solver error {100 * (found.solver_error or 0):.2f} %")
+        store = open_pairs(given, gaussian=bool(getattr(flow.source, "gaussian", False)))
+    else:
+        made: dict[str, Any] = {
+            "seed": seed,
+            "solver": solver,
+            "teacher": str(run),
+            "rank": rank,
+            "world": world,
+            "progress": True,
+        }
+        store = make_pairs(flow, count, out / "pairs", **made)
+        while store.missing():  # of the other processes
+            time.sleep(1.0)
+    if rank == 0:
+        found = inspect_pairs(store, flow if given is None else None)
+        error = "" if found.solver_error is None else f", solver error {100 * found.solver_error:.2f} %"
+        print(f"pairs: {len(store):,} in {pair_folder(store)}{error}")
         for warning in found.warnings:
             print(f"warning: {warning}")
-        return store
-    while not (folder / HEADER).is_file() or ShardStore(folder).missing():
-        time.sleep(1.0)
-    return ShardStore(folder)
+    return store
 
 
 def _recipe(run: Path) -> dict[str, object]:

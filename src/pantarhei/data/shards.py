@@ -53,7 +53,10 @@ class ShardStore:
         wanted = {**header, "count": count, "shard_size": shard_size}
         if (folder / HEADER).is_file():
             store = ShardStore(folder)
-            changed = sorted(k for k in wanted.keys() | store.header.keys() if wanted.get(k) != store.header.get(k))
+            old = store.header
+            changed = [
+                _change(k, old, wanted) for k in sorted(wanted.keys() | old.keys()) if wanted.get(k) != old.get(k)
+            ]
             if changed:
                 raise ValueError(
                     f"{folder} already holds a store made with another {', '.join(changed)}; choose another folder "
@@ -130,3 +133,10 @@ class ShardStore:
     def tensors(self, limit: int | None = None) -> dict[str, Tensor]:
         """All items (or the first `limit`) in memory."""
         return self.fetch(torch.arange(min(len(self), limit or len(self))))
+
+
+def _change(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """A changed entry, with both values where they are short."""
+    values = [old.get(key), new.get(key)]
+    plain = all(value is None or isinstance(value, (int, float, str)) for value in values)
+    return f"{key} ({values[0]}, now {values[1]})" if plain else key

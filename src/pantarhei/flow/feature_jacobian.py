@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pantarhei.flow.metrics import follow
+
 if TYPE_CHECKING:
     from pantarhei.flow.flow import Flow
     from pantarhei.flow.objectives import Draw
@@ -31,6 +33,9 @@ class FeatureJacobian:
 
     def __call__(self, flow: Flow, draw: Draw, output: Tensor) -> Tensor:
         """The loss of each row, (B,)."""
+        follow(self.features, draw.x_t)
         error = draw.velocity - flow.prediction.velocity(flow.path, draw.x_t, draw.t, output)
-        change: Tensor = torch.func.jvp(self.features, (draw.x_t,), (error,))[1]
+        # Value and direction in one memory layout: forward-mode GroupNorm takes views of both.
+        x, direction = (part.clone(memory_format=torch.contiguous_format) for part in (draw.x_t, error))
+        change: Tensor = torch.func.jvp(self.features, (x,), (direction,))[1]
         return self.weight * change.square().flatten(1).mean(dim=1)

@@ -424,6 +424,7 @@ class Flow(nn.Module):
         Raises:
             ValueError: where the source has no density, or (with of="data") the flow was rectified.
         """
+        self.require_field()
         reason = self.provenance.why_not_marginal() if self.provenance.rectified else None
         if of == "data" and reason:
             raise ValueError(f"log_prob: {reason}; of='samples' gives the density of its own samples")
@@ -464,6 +465,16 @@ class Flow(nn.Module):
             raise ValueError(f"count: at least one sample is needed, got {count}")
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return self.source.draw((count, *self.shape), like, as_condition(condition, self.null, count), generator)
+
+    def require_field(self) -> None:
+        """Check that the network is a velocity field at all times, not a sampler of a few steps.
+
+        Raises:
+            ValueError: it was distilled.
+        """
+        if self.provenance.coupling == "distilled":
+            steps = self.provenance.notes.get("steps", "a few")
+            raise ValueError(f"this flow was distilled to {steps} steps: between them its velocity means nothing")
 
     def require_score(self) -> None:
         """Check that this flow has a score (and so SDEs with its marginals).

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Premetric = Callable[[Tensor, Tensor], Tensor]
@@ -67,6 +67,8 @@ class GradientPyramid:
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Images (B, C, H, W) to (B,)."""
         d = prediction - target
+        if d.ndim != 4:
+            raise ValueError(f"metric: the gradient pyramid compares images (B, C, H, W), got shape {tuple(d.shape)}")
         total = d.new_zeros(d.shape[0])
         for scale in range(self.scales):
             if scale:
@@ -98,6 +100,7 @@ class Perceptual:
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Shape (B,)."""
+        follow(self.network, prediction)
         with torch.no_grad():
             wanted = _maps(self.network(target))
         found = _maps(self.network(prediction))
@@ -109,6 +112,15 @@ class Perceptual:
             for w, a, b in zip(weights, found, wanted, strict=True)
         ]
         return torch.stack(parts).sum(dim=0)
+
+
+def follow(network: object, x: Tensor) -> None:
+    """Move a module (or the owner of a method) to the device of x: a loss is no module, so nobody else does."""
+    module = network if isinstance(network, nn.Module) else getattr(network, "__self__", None)
+    if isinstance(module, nn.Module):
+        parameter = next(module.parameters(), None)
+        if parameter is not None and parameter.device != x.device:
+            module.to(x.device)
 
 
 def _maps(features: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from torch import Tensor
 from pantarhei.data.pickles import load_weights
 from pantarhei.files import write_atomically
 from pantarhei.flow import Flow, Provenance
-from pantarhei.networks import NCSNpp
+from pantarhei.networks import NCSNpp, NCSNppConfig
 from pantarhei.networks import ncsnpp_keys as keys
 
 EPSILON = 1e-3
 PREFIX = "module."
+OWN = "pantarhei"  # our own entry: the configuration, which their code passes over
 
 
 def recognise(content: Mapping[str, Any]) -> bool:
@@ -39,6 +41,7 @@ def read(
     averaged: bool = True,
     size: int | None = None,
     rectified: int | None = None,
+    distilled: int | None = None,
     **overrides: Any,
 ) -> Flow:
     """A flow from a checkpoint.
@@ -50,7 +53,11 @@ def read(
         size: side of the images where attention does not sit at side 16.
         rectified: how many reflow rounds the weights went through, which the file does not say: 0 for a first flow
             (1-rectified flow). Score, SDE and likelihood are refused while it is not known.
+        distilled: steps that the weights were distilled to, where they were.
         overrides: fields of `NCSNppConfig` that the weights do not tell (`filter`, `divide`, ...).
+
+    The layout is also that of score networks (VP, VE), which are no velocity fields and cannot be told apart by their names:
+    give only rectified flows.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -62,7 +69,11 @@ def read(
     if not isinstance(weights, Mapping) or not keys.is_reference(_bare(weights)):
         raise ValueError(f"{path}: expected weights named all_modules.<i> (or module.all_modules.<i>), got other names")
     tensors = {name: value for name, value in _bare(weights).items() if isinstance(value, Tensor)}
-    config = keys.infer_config(tensors, str(path), size=size, **overrides)
+    for name, value in (("rectified", rectified), ("distilled", distilled)):
+        if value is not None and value < (0 if name == "rectified" else 1):
+            raise ValueError(f"{name}: must be at least {0 if name == 'rectified' else 1}, got {value}")
+    known = content.get(OWN) if isinstance(content.get(OWN), Mapping) and not overrides and size is None else None
+    config = NCSNppConfig(**known) if known else keys.infer_config(tensors, str(path), size=size, **overrides)
     network = NCSNpp(config)
     state = keys.from_reference(tensors, config, str(path))
     if averaged and "ema" in content:
@@ -75,6 +86,8 @@ def read(
     network.load_state_dict(state)
     coupling = "not stated in the file" if rectified is None else "independent"
     notes: dict[str, Any] = {"read_from": path.name, "weights": "average" if averaged else "raw"}
+    if distilled is not None:
+        coupling, notes["steps"] = "distilled", distilled
     if "step" in content:
         notes["iterations"] = int(content["step"])
     return Flow(
@@ -127,6 +140,7 @@ def write(
             "shadow_params": [averaged[name] for name in keys.trainable(averaged)],
         },
         "step": iterations,
+        OWN: asdict(network.config),
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)

@@ -146,6 +146,10 @@ def infer_config(
     Raises:
         ValueError: this is no NCSN++, or the size must be given.
     """
+    strange = [name for name in tensors if not name.split(".")[1:2] or not name.split(".")[1].isdigit()]
+    strange = [name for name in strange if name != "sigmas"]
+    if strange:
+        raise ValueError(f"{where}: expected names all_modules.<number>..., got {strange[0]}")
     shapes = [_shapes(tensors, i) for i in range(_count(tensors))]
     kinds = [_kind(module) for module in shapes]
     blocks = [i for i, kind in enumerate(kinds) if kind == "block"]

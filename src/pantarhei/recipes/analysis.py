@@ -41,14 +41,14 @@ class Analysis:
     """What was measured.
 
     Attributes:
-        rounds: the balance of each flow, the first one first, by name.
+        rounds: name and balance of each flow, the first one first.
         marginals: of the last flow.
         straightness: of the last flow.
         pairs: how many pairs were looked at.
         seed: of the draws.
     """
 
-    rounds: dict[str, Balance]
+    rounds: tuple[tuple[str, Balance], ...]
     marginals: tuple[MarginalCheck, ...]
     straightness: Straightness
     pairs: int
@@ -57,12 +57,12 @@ class Analysis:
     def rounds_table(self) -> Table:
         """The balance of every round, and the running sum that bounds how straight the best one is."""
         rows, total = [], 0.0
-        for name, b in self.rounds.items():
+        for name, b in self.rounds:
             total += b.crossing + b.straightness
             share = b.straightness / b.rectified
             rows.append((name, b.given, b.rectified, b.straightness, share, b.crossing, b.remainder, total))
         columns = ("flow", "E|X1-X0|^2", "E|Z1-Z0|^2", "S", "S / E|Z1-Z0|^2", "V", "remainder", "sum of V + S")
-        first = next(iter(self.rounds.values())).given
+        first = self.rounds[0][1].given
         caption = (
             "E|X1-X0|^2 = E|Z1-Z0|^2 + S + V, with S the curvature of the trajectories and V the crossing variance, that "
             "is the training loss; the remainder is relative, and 0 for a perfectly trained flow. The running sum stays "
@@ -72,7 +72,7 @@ class Analysis:
 
     def costs_table(self) -> Table:
         """Convex costs of the last flow's coupling before and after."""
-        last = list(self.rounds.values())[-1]
+        last = self.rounds[-1][1]
         rows = [(n, v, last.costs_rectified[n], last.costs_rectified[n] / v) for n, v in last.costs_given.items()]
         caption = "Means over pairs; one rectification raises no convex cost of the displacement d."
         return Table(("cost", "coupling it was trained on", "its own coupling", "ratio"), rows, caption)
@@ -102,9 +102,10 @@ def analyse(rounds: Sequence[Coupled], *, steps: int = 100, seed: int = 0, permu
     """
     if not rounds:
         raise ValueError("rounds: at least one flow is needed")
-    found = {}
-    for each in rounds:
-        found[each.name] = balance(each.flow, each.x0, each.x1, condition=each.conditions or None, steps=steps)
+    found = tuple(
+        (each.name, balance(each.flow, each.x0, each.x1, condition=each.conditions or None, steps=steps))
+        for each in rounds
+    )
     last = rounds[-1]
     half = len(last.x0) // 2
     marginals = check_marginals(

@@ -14,6 +14,8 @@ def write_card(run: Run, result: TrainResult, *, notes: str = "") -> Path:
     config = run.config
     flow, network, loop = config["task"]["flow"], config["task"]["network"], config["loop"]
     provenance = flow["provenance"]
+    steps = provenance["notes"].get("steps", 1 if provenance["rectified"] else 50)
+    verb = "invert" if provenance["notes"].get("direction") else "sample"
     lines = [
         f"# {run.folder.name}",
         "",
@@ -35,7 +37,7 @@ def write_card(run: Run, result: TrainResult, *, notes: str = "") -> Path:
     lines += [
         "",
         "```bash",
-        f"pantarhei sample {run.folder} --count 64 --steps {1 if provenance['rectified'] else 50} --out samples",
+        f"pantarhei {verb} {run.folder} --count 64 --steps {steps} --out samples",
         "```",
         "",
         "`evaluation.json`, where there is one, names the feature extractor its distances are measured in.",

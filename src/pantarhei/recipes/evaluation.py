@@ -19,7 +19,7 @@ from pantarhei.flow.numbered import join, numbered_samples
 from pantarhei.metrics import ClassifierFeatures, Interval
 from pantarhei.report import Table
 from pantarhei.report.progress import Progress
-from pantarhei.solve import RungeKutta, as_step
+from pantarhei.solve import as_step
 
 
 class Coordinates:
@@ -53,7 +53,7 @@ class StepScores:
     """Scores of the samples of one number of steps.
 
     Attributes:
-        steps, evaluations: steps of the sampler, and calls of the field.
+        steps, evaluations: steps of the sampler (None under error control), and calls of the field.
         frechet: Frechet distance to the training images in the extractor's features, with an interval.
         kernel: kernel distance (KID) in these features.
         precision, recall: of k-nearest-neighbour manifolds in these features.
@@ -64,8 +64,8 @@ class StepScores:
         closer: share of samples nearer to a training item than the 1st percentile of held-out items is.
     """
 
-    steps: int
-    evaluations: int
+    steps: int | None
+    evaluations: float
     frechet: Interval
     kernel: float
     precision: float
@@ -101,7 +101,7 @@ class Evaluation:
 
         rows: list[tuple[Any, ...]] = [
             (
-                r.steps,
+                "adaptive" if r.steps is None else r.steps,
                 r.evaluations,
                 r.frechet,
                 *scores(r),
@@ -179,6 +179,7 @@ def evaluate_flow(
     count: int = 2000,
     seed: int = 0,
     method: str = "euler",
+    rtol: float | None = None,
     guidance: float = 1.0,
     conditions: Any | None = None,
     batch: int = 256,
@@ -193,6 +194,7 @@ def evaluate_flow(
         count: samples for each.
         seed: of the noise and the labels.
         method, guidance: of the sampler.
+        rtol: relative and absolute tolerance of error control, instead of `steps`.
         conditions: see `numbered_conditions`.
         batch: rows at a time.
         progress: show a progress line.
@@ -204,11 +206,15 @@ def evaluate_flow(
         raise ValueError(f"count: at least 10 samples are needed, got {count}")
     if not steps or min(steps) < 1:
         raise ValueError(f"steps: every number of steps must be at least 1, got {list(steps)}")
-    step = as_step(method)
-    stages = len(step.tableau.b) if isinstance(step, RungeKutta) else 1
+    if rtol is not None and not as_step(method).adaptive:
+        raise ValueError(f"rtol: {method} has no error control; take bosh3, dopri5 or tsit5")
     rows, memory = [], None
-    with Progress(len(steps) * count, "evaluating", "samples", shown=progress) as shown:
-        for i, number in enumerate(steps):
+    numbers: list[int | None] = list(steps) if rtol is None else [None]
+    with Progress(len(numbers) * count, "evaluating", "samples", shown=progress) as shown:
+        for i, number in enumerate(numbers):
+            tolerance = {} if rtol is None else {"rtol": rtol, "atol": rtol}
+            calls = [0]
+            handle = flow.network.register_forward_hook(lambda *_, calls=calls: calls.__setitem__(0, calls[0] + 1))
             batches = numbered_samples(
                 flow,
                 range(count),
@@ -218,11 +224,16 @@ def evaluate_flow(
                 steps=number,
                 method=method,
                 guidance=guidance,
+                **tolerance,
             )
-            samples = join(batches)
+            try:
+                samples = join(batches)
+            finally:
+                handle.remove()
+            evaluations = calls[0] / -(-count // batch)
             shown.update((i + 1) * count)
             memory = metrics.memorisation_report(samples["x1"], reference.train, reference.held_out)
-            rows.append(_score(samples, reference, number, number * stages, memory, seed))
+            rows.append(_score(samples, reference, number, evaluations, memory, seed))
     assert memory is not None
     return Evaluation(
         tuple(rows),
@@ -287,10 +298,10 @@ def bits_per_dimension(
 
 
 def _score(
-    samples: dict[str, Tensor], reference: Reference, steps: int, evaluations: int, memory: Any, seed: int
+    samples: dict[str, Tensor], reference: Reference, steps: int | None, evaluations: float, memory: Any, seed: int
 ) -> StepScores:
     features = features_of(reference.extractor, samples["x1"])
-    draws = seeded(seed, steps, 40)
+    draws = seeded(seed, steps or 0, 40)
     sets = metrics.evaluate_sets(reference.train_features, features, resamples=50, generator=draws)
     score = accuracy = None
     if isinstance(reference.extractor, metrics.InceptionFeatures):

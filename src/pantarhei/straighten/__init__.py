@@ -1,7 +1,7 @@
 """Fewer steps: pairs, reflow, distillation; straightness, and what a rectification does to a coupling."""
 
 from pantarhei.straighten.analysis import Balance, MarginalCheck, balance, check_marginals
-from pantarhei.straighten.distillation import distil, distillation_task
+from pantarhei.straighten.distillation import check_teacher, distil, distillation_task
 from pantarhei.straighten.pairs import PairReport, Solver, inspect_pairs, make_pairs
 from pantarhei.straighten.reflow import reflow, reflow_task
 from pantarhei.straighten.stores import (
@@ -10,6 +10,7 @@ from pantarhei.straighten.stores import (
     PairSource,
     check_pairs,
     open_pairs,
+    pair_folder,
     write_array_pairs,
 )
 from pantarhei.straighten.straightness import COSTS, Straightness, straightness, transport_costs
@@ -27,11 +28,13 @@ __all__ = [
     "balance",
     "check_marginals",
     "check_pairs",
+    "check_teacher",
     "distil",
     "distillation_task",
     "inspect_pairs",
     "make_pairs",
     "open_pairs",
+    "pair_folder",
     "reflow",
     "reflow_task",
     "straightness",

@@ -64,6 +64,7 @@ def balance(flow: Flow, x0: Tensor, x1: Tensor, *, condition: Any = None, steps:
         raise ValueError(f"x0, x1: pairs are needed, got shapes {tuple(x0.shape)} and {tuple(x1.shape)}")
     if flow.path.spec()["name"] != "linear":
         raise ValueError(f"flow: the balance holds on the linear path, this flow's is {flow.path.spec()['name']}")
+    flow.require_field()
     low, high = flow.interval
     nodes = [low + (high - low) * i / steps for i in range(steps + 1)]
     shift = x1 - x0
@@ -120,7 +121,8 @@ def check_marginals(
         generator: of the test.
     """
     low, high = flow.interval
-    nodes = sorted({low, high, *(low + (high - low) * i / steps for i in range(1, steps)), *map(float, times)})
+    times = [min(max(float(t), low), high) for t in times]
+    nodes = sorted({low, high, *(low + (high - low) * i / steps for i in range(1, steps)), *times})
     with evaluation_mode(flow.network):
         states = flow.transport(fresh, nodes, steps=tuple(nodes), method="heun", condition=condition).xs
     found = []

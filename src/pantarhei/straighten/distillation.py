@@ -12,7 +12,7 @@ from pantarhei.flow import Flow, FlowMatching, Term
 from pantarhei.flow.couplings import Pairs
 from pantarhei.flow.metrics import Premetric
 from pantarhei.flow.times import Steps
-from pantarhei.straighten.stores import PairSource, check_pairs, open_pairs
+from pantarhei.straighten.stores import PairSource, check_pairs, open_pairs, split_pairs
 from pantarhei.training import FlowTask, Optimization, train
 
 
@@ -55,10 +55,7 @@ def distillation_task(
     Raises:
         ValueError: the pairs do not fit, or the path is not linear.
     """
-    if flow.path.spec()["name"] != "linear" or flow.prediction.spec()["name"] != "velocity":
-        raise ValueError("flow: k-step distillation is defined for the velocity of the linear path")
-    if not 0 <= eps < 0.5:
-        raise ValueError(f"eps: must lie in [0, 0.5), got {eps}")
+    check_teacher(flow, eps)
     check_pairs(pairs, flow, any_teacher=any_teacher)
     terms: tuple[Term, ...] = (Term(name="squared"),) if metric is None or squared_too else ()
     if metric is not None:
@@ -69,6 +66,8 @@ def distillation_task(
         "guidance_in_pairs": pairs.header["guidance"],
         "steps": steps,
     }
+    if reverse:
+        notes["direction"] = "data to source"
     if metric is not None:
         notes["distillation_metric"] = getattr(metric, "name", getattr(metric, "__name__", type(metric).__name__))
     network = copy.deepcopy(start or flow.network).requires_grad_(True)
@@ -76,7 +75,21 @@ def distillation_task(
     student.codec = None  # pairs live in the flow's space already
     student = _with_interval(student, eps)
     objective = FlowMatching(times=Steps(steps, reverse), terms=terms, coupling=Pairs())
-    return FlowTask(student, objective, pairs, optimization=optimization, average=average)
+    kept, held_out = split_pairs(pairs)
+    return FlowTask(student, objective, kept, held_out=held_out, optimization=optimization, average=average)
+
+
+def check_teacher(flow: Flow, eps: float = 0.0) -> None:
+    """Refuse a flow that cannot be distilled, before pairs are made with it.
+
+    Raises:
+        ValueError: the path is not linear, the prediction no velocity, the flow distilled already, or eps out of range.
+    """
+    flow.require_field()
+    if flow.path.spec()["name"] != "linear" or flow.prediction.spec()["name"] != "velocity":
+        raise ValueError("flow: k-step distillation is defined for the velocity of the linear path")
+    if not 0 <= eps < 0.5:
+        raise ValueError(f"eps: must lie in [0, 0.5), got {eps}")
 
 
 def distil(

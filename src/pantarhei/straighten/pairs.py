@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pantarhei.data import Source
+from pantarhei.data.seeds import mix
 from pantarhei.data.shards import ShardStore
 from pantarhei.flow import Flow
 from pantarhei.flow.numbered import Conditions, numbered_conditions, numbered_samples
@@ -20,17 +21,38 @@ if TYPE_CHECKING:
     from pantarhei.straighten.stores import PairSource
 
 
+PAIRS = 3  # name of their stream of random numbers, beside those of `flow.numbered`
+
+
 @dataclass(frozen=True)
 class Solver:
-    """How pairs are made: Heun steps unless asked otherwise, each step two evaluations."""
+    """How pairs are made.
+
+    Attributes:
+        method: of the solver; each Heun step costs two evaluations.
+        steps: number of steps.
+        guidance: guidance scale, baked into the pairs.
+        rtol: relative and absolute tolerance of error control instead of `steps` (with dopri5, tsit5 or bosh3); the
+            published pairs are made by dopri5 with 1e-5.
+    """
 
     method: str = "heun"
     steps: int = 20
     guidance: float = 1.0
+    rtol: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"pair steps: must be at least 1, got {self.steps}")
+        if self.rtol is not None and not self.rtol > 0:
+            raise ValueError(f"pair rtol: must be positive, got {self.rtol}")
+
+    def options(self) -> dict[str, Any]:
+        """As options of `Flow.sample`."""
+        common = {"method": self.method, "guidance": self.guidance}
+        if self.rtol is None:
+            return {**common, "steps": self.steps}
+        return {**common, "steps": None, "rtol": self.rtol, "atol": self.rtol}
 
 
 def make_pairs(
@@ -74,7 +96,8 @@ def make_pairs(
     if count < 1:
         raise ValueError(f"pairs: must be at least 1, got {count}")
     solver = solver or Solver()
-    named = numbered_conditions(flow, seed, conditions)
+    stream = pair_stream(seed)
+    named = numbered_conditions(flow, stream, conditions)
     store = ShardStore.create(folder, count, pair_header(flow, solver, seed, teacher), shard_size=shard_size)
     missing = store.missing(rank, world)
     done = sum(len(store.items(i)) for i in range(rank, store.shards, world)) - sum(
@@ -84,8 +107,10 @@ def make_pairs(
     with Progress(mine, "pairs", "pairs", start=done, shown=progress and rank == 0) as shown:
         for shard in missing:
             parts = []
-            options = {"steps": solver.steps, "method": solver.method, "guidance": solver.guidance, "decode": False}
-            for part in numbered_samples(flow, store.items(shard), seed=seed, conditions=named, batch=batch, **options):
+            options = {**solver.options(), "decode": False}
+            for part in numbered_samples(
+                flow, store.items(shard), seed=stream, conditions=named, batch=batch, **options
+            ):
                 parts.append(part)
                 done += len(part["x1"])
                 shown.update(done)
@@ -93,15 +118,21 @@ def make_pairs(
     return store
 
 
+def pair_stream(seed: int) -> int:
+    """The seed of pairs: other draws than the samples of the same seed, on which a student must not have been trained."""
+    return mix(seed, PAIRS)
+
+
 def pair_header(flow: Flow, solver: Solver, seed: int, teacher: str) -> dict[str, Any]:
     """All that the pairs depend on."""
     return {
         "kind": "pairs",
-        "version": 1,
+        "version": 2,
         "direction": "x0 (source, t = 0) to x1 (data, t = 1)",
         "seed": seed,
         "method": solver.method,
-        "steps": solver.steps,
+        "steps": solver.steps if solver.rtol is None else None,
+        "rtol": solver.rtol,
         "guidance": solver.guidance,
         "conditions": list(flow.conditions),
         "teacher": teacher,
@@ -155,7 +186,7 @@ def inspect_pairs(store: PairSource, flow: Flow | None = None, *, limit: int = 5
             f"x0 does not look like the unit normal source: mean {source[0]:.3g}, deviation {source[1]:.3g}"
         )
     error = None
-    if flow is not None and "steps" in store.header:
+    if flow is not None and store.header.get("steps") is not None:
         error = _solver_error(store, flow, sample)
         if error > 0.05:
             warnings.append(f"doubling the solver's steps changes x1 by {100 * error:.1f} %: use more steps")

@@ -13,7 +13,7 @@ from pantarhei.flow.couplings import Pairs
 from pantarhei.flow.numbered import Conditions
 from pantarhei.flow.times import TimeLaw, Uniform
 from pantarhei.straighten.pairs import Solver, make_pairs
-from pantarhei.straighten.stores import PairSource, check_pairs, open_pairs
+from pantarhei.straighten.stores import PairSource, check_pairs, open_pairs, split_pairs
 from pantarhei.training import FlowTask, Optimization, train
 
 
@@ -44,13 +44,16 @@ def reflow_task(
     Raises:
         ValueError: the pairs are not finished, swapped, of another shape or of another teacher.
     """
+    flow.require_field()
     check_pairs(pairs, flow, any_teacher=any_teacher)
-    notes = {**flow.provenance.notes, "pairs": len(pairs), "guidance_in_pairs": pairs.header["guidance"]}
+    kept_notes = {key: value for key, value in flow.provenance.notes.items() if key != "steps"}
+    notes = {**kept_notes, "pairs": len(pairs), "guidance_in_pairs": pairs.header["guidance"]}
     network = copy.deepcopy(start or flow.network).requires_grad_(True)
     student = flow.like(network, rectified=flow.provenance.rectified + 1, teacher=teacher, notes=notes)
     student.codec = None  # pairs live in the flow's space already
     objective = FlowMatching(times=times or Uniform(), coupling=Pairs())
-    return FlowTask(student, objective, pairs, optimization=optimization, average=average)
+    kept, held_out = split_pairs(pairs)
+    return FlowTask(student, objective, kept, held_out=held_out, optimization=optimization, average=average)
 
 
 def reflow(
@@ -93,10 +96,20 @@ def reflow(
         folder = Path(to) / f"round-{number}" if rounds > 1 else Path(to)
         store: PairSource
         if isinstance(pairs, int):
-            made: dict[str, Any] = {"seed": seed, "solver": solver, "conditions": conditions, "teacher": teacher}
-            store = make_pairs(flow, pairs, folder / "pairs", progress=options.get("progress", True), **made)
+            # New draws in every round, as the method asks.
+            store = make_pairs(
+                flow,
+                pairs,
+                folder / "pairs",
+                seed=seed + number - 1,
+                solver=solver,
+                conditions=conditions,
+                teacher=teacher,
+                progress=options.get("progress", True),
+            )
         else:
-            store = open_pairs(pairs) if isinstance(pairs, (str, Path)) else pairs
+            gaussian = bool(getattr(flow.source, "gaussian", False))
+            store = open_pairs(pairs, gaussian=gaussian) if isinstance(pairs, (str, Path)) else pairs
         task = reflow_task(flow, store, times=times, optimization=optimization, average=average, teacher=teacher)
         config = {"system": "rectified-flow", "kind": "reflow", "teacher": teacher}
         train(task, folder, iterations=iterations, seed=seed, config=config, **options)

@@ -6,6 +6,7 @@ Whatever holds pairs for reflow and distillation is a data source with a `header
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pantarhei.data import Source
+from pantarhei.data import Source, Subset
 from pantarhei.data.shards import HEADER, ShardStore
 from pantarhei.flow import Flow
 from pantarhei.flow.numbered import Conditions, join, numbered_conditions, numbered_samples
 from pantarhei.flow.pretrained import fingerprint
-from pantarhei.straighten.pairs import Solver, inspect_pairs, pair_header
+from pantarhei.straighten.pairs import Solver, inspect_pairs, pair_header, pair_stream
 
 
 @runtime_checkable
@@ -64,6 +65,7 @@ class ArrayPairs:
                 raise ValueError(
                     f"{folder}: z0 has shape {x0.shape}, z1 {x1.shape}; expected (N, {', '.join(map(str, shape))})"
                 )
+        self.folder = root
         self._ends = np.cumsum([len(x) for x in self._x0])
         self.name = root.name
         source = {"name": "normal"} if gaussian else {"name": "samples", "count": len(self)}
@@ -135,9 +137,9 @@ class OnlinePairs:
         teacher: str = "",
     ):
         self.name = "pairs made online"
-        self._flow, self._seed, self._count = flow, seed, count
+        self._flow, self._stream, self._count = flow, pair_stream(seed), count
         self._solver = solver or Solver("euler", 20)
-        self._conditions = numbered_conditions(flow, seed, conditions)
+        self._conditions = numbered_conditions(flow, self._stream, conditions)
         self.header = {**pair_header(flow, self._solver, seed, teacher), "count": count}
 
     def __len__(self) -> int:
@@ -149,10 +151,14 @@ class OnlinePairs:
 
     def fetch(self, indices: Tensor) -> dict[str, Tensor]:
         """Make the pairs at `indices` (B,)."""
-        solver = self._solver
-        options = {"steps": solver.steps, "method": solver.method, "guidance": solver.guidance, "decode": False}
         made = numbered_samples(
-            self._flow, indices.tolist(), seed=self._seed, conditions=self._conditions, batch=len(indices), **options
+            self._flow,
+            indices.tolist(),
+            seed=self._stream,
+            conditions=self._conditions,
+            batch=len(indices),
+            decode=False,
+            **self._solver.options(),
         )
         return join(made)
 
@@ -165,13 +171,40 @@ class OnlinePairs:
         return {"name": self.name, **self.header}
 
 
-def open_pairs(folder: str | Path) -> PairSource:
+def open_pairs(folder: str | Path, *, gaussian: bool = True) -> PairSource:
     """The pairs in a folder: a store of ours, or arrays of the reference code.
+
+    Args:
+        folder: where they are.
+        gaussian: of arrays, which do not say it: x0 is unit normal noise.
 
     Raises:
         FileNotFoundError: it is neither.
     """
-    return ShardStore(folder) if (Path(folder) / HEADER).is_file() else ArrayPairs(folder)
+    return ShardStore(folder) if (Path(folder) / HEADER).is_file() else ArrayPairs(folder, gaussian=gaussian)
+
+
+def pair_folder(pairs: PairSource) -> Path:
+    """Where pairs are on disk.
+
+    Raises:
+        ValueError: they are nowhere.
+    """
+    if not isinstance(pairs, (ShardStore, ArrayPairs)):
+        raise ValueError(f"pairs: {pairs.name} are not on disk")
+    return pairs.folder
+
+
+def split_pairs(pairs: PairSource) -> tuple[Source, Source | None]:
+    """Pairs to train on, and the last twentieth (at most 1,024) to see by whether they are learned by heart.
+
+    Fewer than 200 pairs, and pairs that are made online, are not split.
+    """
+    held = min(len(pairs) // 20, 1024)
+    if len(pairs) < 200 or isinstance(pairs, OnlinePairs):
+        return pairs, None
+    rows = torch.arange(len(pairs))
+    return Subset(pairs, rows[:-held]), Subset(pairs, rows[-held:])
 
 
 def write_array_pairs(pairs: PairSource, folder: str | Path) -> Path:
@@ -230,12 +263,45 @@ def check_pairs(pairs: PairSource, flow: Flow, *, any_teacher: bool = False) -> 
             f"pairs: made by other weights{named}, {made_by}; expected those of this flow, {expected} "
             "(any_teacher allows it)"
         )
+    of, expects = header["flow"]["source"]["name"], flow.source.spec()["name"]
+    if of != expects:
+        raise ValueError(f"pairs: their x0 is {_described(of)}, this flow starts from {_described(expects)}")
     found = inspect_pairs(pairs)
     if found.swapped:
         raise ValueError(
             f"pairs: x0 and x1 are swapped: expected unit normal noise as x0, got deviation {found.source_std:.3g} "
             f"there and {found.data_std:.3g} in x1"
         )
+    if not any_teacher and not isinstance(pairs, OnlinePairs):
+        _check_ends(pairs, flow)
+
+
+@torch.no_grad()
+def _check_ends(pairs: PairSource, flow: Flow) -> None:
+    """Carry a few x0 with the flow: they must arrive at their x1, and nearer to it than x1 carried arrives at x0."""
+    sample = pairs.tensors(16)
+    x0, x1 = (sample[name].to(flow.device, flow.dtype) for name in ("x0", "x1"))
+    condition = {name: sample[name] for name in flow.conditions} or None
+    options = {
+        "condition": condition,
+        "steps": 10,
+        "method": "heun",
+        "guidance": pairs.header["guidance"],
+        "decode": False,
+    }
+    ahead = float((flow.sample(x0=x0, **options) - x1).square().mean())
+    back = float((flow.sample(x0=x1, **options) - x0).square().mean())
+    if ahead > back and ahead > 0.1 * float(x1.var()):
+        raise ValueError("pairs: x0 and x1 are swapped: expected the source in x0, but this flow carries x1 to x0")
+    if ahead > 0.5 * float(x1.var()):
+        raise ValueError(
+            f"pairs: not made by this flow: expected x0 to arrive at x1, the relative error is "
+            f"{math.sqrt(ahead / float(x1.var())):.2g} (any_teacher allows it)"
+        )
+
+
+def _described(source: str) -> str:
+    return "unit normal noise" if source == "normal" else "data of another set"
 
 
 def _array(path: Path) -> np.ndarray:

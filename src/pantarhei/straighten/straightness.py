@@ -64,6 +64,7 @@ def straightness(flow: Flow, x0: Tensor, *, condition: Any = None, steps: int = 
         raise ValueError(f"steps: at least 50 are needed for a meaningful straightness, got {steps}")
     if flow.path.spec()["name"] != "linear":
         raise ValueError(f"flow: straightness is defined on the linear path, this flow's is {flow.path.spec()['name']}")
+    flow.require_field()
     low, high = flow.interval
     times = [low + (high - low) * i / steps for i in range(steps + 1)]
     with evaluation_mode(flow.network):

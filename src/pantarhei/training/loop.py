@@ -244,10 +244,8 @@ class Trainer:
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         self.parts = max(self.parts, state["parts"])
         self.best = tuple(state["best"]) if state["best"] else None
-        if self.iteration >= self.settings.iterations:
-            raise ValueError(
-                f"--iterations: {self.run.folder} is already at iteration {self.iteration}; ask for more to go on"
-            )
+        if self.iteration > self.settings.iterations:
+            raise ValueError(f"--iterations: {self.run.folder} is already at iteration {self.iteration}; ask for more")
 
     def _open_loggers(self, more: Sequence[Any]) -> list[Logger]:
         found: list[Logger] = [JsonLines(self.run.folder / "metrics.jsonl", self.iteration)]
@@ -269,8 +267,10 @@ class Trainer:
             submodule_set(self.task, path, network)
 
     def run_to_end(self) -> TrainResult:
-        """Train until the last iteration, an early stop or an interruption."""
+        """Train until the last iteration, an early stop or an interruption; a finished run is left as it is."""
         settings = self.settings
+        if self.iteration == settings.iterations:
+            return TrainResult(self.run, self.iteration, "finished", self.seconds)
         stream = Stream(
             self.source,
             settings.batch,
