@@ -86,3 +86,32 @@ def test_wrong_sizes_are_refused(change, said):
         NCSNpp(NCSNppConfig(**{**SMALL, **change}))
     with pytest.raises(ValueError, match="without classes"):
         NCSNpp(NCSNppConfig(**SMALL))(torch.zeros(1, 3, 16, 16), torch.zeros(1), label=torch.zeros(1).long())
+
+
+def test_compiles_whole_and_is_differentiable_forwards():
+    torch.manual_seed(0)
+    network = NCSNpp(NCSNppConfig(**SMALL)).eval()
+    for p in network.parameters():
+        nn.init.normal_(p, std=0.1)
+    x, t = torch.randn(2, 3, 16, 16), torch.rand(2)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x, t), network(x, t), rtol=1e-4, atol=1e-4)
+    direction = torch.randn_like(x)
+    _, slope = torch.func.jvp(lambda x: network(x, t), (x,), (direction,))
+    step = 1e-3
+    with torch.no_grad():
+        change = (network(x + step * direction, t) - network(x - step * direction, t)) / (2 * step)
+    assert torch.allclose(slope, change, rtol=0.02, atol=0.02 * float(change.abs().max()))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("batch", [2, 16])
+def test_memory_layouts_and_batches_agree(memory_format, batch):
+    torch.manual_seed(0)
+    network = NCSNpp(NCSNppConfig(**SMALL)).eval().double()
+    for p in network.parameters():
+        nn.init.normal_(p, std=0.1)
+    x, t = torch.randn(batch, 3, 16, 16).double(), torch.rand(batch).double()
+    expected = torch.cat([network(x[i : i + 1], t[i : i + 1]) for i in range(batch)])
+    network.to(memory_format=memory_format)
+    assert torch.allclose(network(x.contiguous(memory_format=memory_format), t), expected, atol=1e-9)

@@ -136,11 +136,19 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
         b, c, height, width = x.shape
-        parts = pointwise(self.qkv, self.norm(x)).chunk(3, dim=1)
-        q, k, v = (part.reshape(b, 1, c, height * width).transpose(-1, -2) for part in parts)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        h = pointwise(self.out, mixed.transpose(-1, -2).reshape(b, c, height, width))
-        return (h + x).mul_(self.scale)
+        h = self.norm(x)
+        # One head as wide as the features needs two maps instead of four: the scores are h (Wq' Wk) h' (what the key's bias
+        # adds to a row of them drops out of the softmax), and the mean of the values is mapped as the values would be.
+        wq, wk, wv = self.qkv.weight[:, :, 0, 0].chunk(3)
+        wo = self.out.weight[:, :, 0, 0]
+        assert self.qkv.bias is not None
+        assert self.out.bias is not None
+        bq, _, bv = self.qkv.bias.chunk(3)
+        asked = pointwise(h, (wk.t() @ wq)[:, :, None, None], bq @ wk)
+        query, key = (part.permute(0, 2, 3, 1).reshape(b, 1, height * width, c) for part in (asked, h))
+        mixed = F.scaled_dot_product_attention(query, key, key).reshape(b, height, width, c).permute(0, 3, 1, 2)
+        h = pointwise(mixed, (wo @ wv)[:, :, None, None], self.out.bias + wo @ bv)
+        return h.add_(x).mul_(self.scale)
 
 
 class Block(nn.Module):
@@ -155,7 +163,7 @@ class Block(nn.Module):
         self.conv0 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.time = nn.Linear(4 * config.width, outputs)
         self.norm1 = _norm(outputs)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout = Dropout(config.dropout) if config.dropout else nn.Identity()
         self.conv1 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip: Any = nn.Conv2d(inputs, outputs, 1) if resample or inputs != outputs else None
         self.attention = Attention(outputs, self.scale) if attention else None
@@ -171,17 +179,20 @@ class Block(nn.Module):
         h = F.silu(self.norm0(x))
         if self.resample is None:
             h = self.conv0(h)
-            x = x if self.skip is None else pointwise(self.skip, x)
+            x = self._skipped(x)
         elif self.resample.up:
             # 1x1 convolution and doubling commute: the convolution takes a quarter of the work on the small image.
             h = self.resample.convolved(h, self.conv0)
-            x = self.resample(pointwise(self.skip, x)) if self.resample.box else pointwise(self.skip, self.resample(x))
+            x = self.resample(self._skipped(x)) if self.resample.box else self._skipped(self.resample(x))
         else:
-            h, x = self.conv0(self.resample(h)), pointwise(self.skip, self.resample(x))
-        h = h + self.time(embedding)[:, :, None, None]
+            h, x = self.conv0(self.resample(h)), self._skipped(self.resample(x))
+        h = h.add_(self.time(embedding)[:, :, None, None])
         h = self.dropout(F.silu(self.norm1(h)))
-        h = (self.conv1(h) + x).mul_(self.scale)
+        h = self.conv1(h).add_(x).mul_(self.scale)
         return h if self.attention is None else self.attention(h)
+
+    def _skipped(self, x: Tensor) -> Tensor:
+        return x if self.skip is None else pointwise(x, self.skip.weight, self.skip.bias)
 
 
 class Head(nn.Module):
@@ -315,11 +326,27 @@ class NCSNpp(nn.Module):
         return F.silu(self.time1(F.silu(self.time0(features))))
 
 
-def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1x1 convolution; as a matrix product where channels lie last in memory, which is much the faster on a CPU."""
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-        return conv(x)
-    return F.linear(x.permute(0, 2, 3, 1), conv.weight[:, :, 0, 0], conv.bias).permute(0, 3, 1, 2)
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 1x1 convolution.
+
+    On one thread PyTorch takes the slow one of its two CPU libraries below 16 images; rows may as well be the images.
+    """
+    b, c, height, width = x.shape
+    few = x.device.type == "cpu" and b < 16
+    if not few or not x.is_contiguous(memory_format=torch.channels_last):
+        return F.conv2d(x, weight, bias)
+    rows = x.permute(0, 2, 3, 1).reshape(b * height, 1, width, c).permute(0, 3, 1, 2)
+    return F.conv2d(rows, weight, bias).permute(0, 2, 3, 1).reshape(b, height, width, -1).permute(0, 3, 1, 2)
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose mask is drawn at half the price on a CPU (uniform numbers in place of Bernoulli ones)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Like the input."""
+        if not self.training or input.device.type != "cpu" or input.dtype != torch.float32:
+            return super().forward(input)
+        return input.mul_(torch.rand_like(input).ge_(self.p).mul_(1 / (1 - self.p)))
 
 
 def _norm(channels: int) -> nn.GroupNorm:

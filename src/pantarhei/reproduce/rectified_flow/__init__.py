@@ -122,7 +122,8 @@ EXPERIMENTS = (
         "other-paths",
         "The ring again, on the linear, VP and sub-VP paths: same network, data, times and 4,000 steps; and the exact VP "
         "flow of three modes moved to the linear path. What one step gives is no sample on any of the paths: the linear "
-        "flow carries everything to the mean of the data, the curved ones hardly move the noise, which happens to lie nearer.",
+        "flow carries everything to the mean of the data, the curved ones hardly move the noise, which happens to lie "
+        "nearer.",
         points.other_paths,
         (
             Claim(
