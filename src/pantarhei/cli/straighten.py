@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,32 +35,92 @@ from pantarhei.straighten import (
 )
 from pantarhei.training import FlowTask, Optimization, Run, train
 
-PairMethod = Literal["euler", "midpoint", "heun", "rk4", "bosh3", "dopri5", "tsit5"]
+
+@dataclass(frozen=True)
+class Pairing:
+    """The teacher's pairs.
+
+    Attributes:
+        pairs: how many to make; they go to OUT/pairs.
+        pairs_from: pairs that are there already: a pair store, or folders with z0.npy and z1.npy.
+        any_teacher: allow stored pairs that other weights made.
+        pair_method: solver that makes the pairs.
+        pair_steps: its steps.
+        pair_rtol: error control with this tolerance instead of steps (dopri5, bosh3 or tsit5; the paper: dopri5, 1e-5).
+        guidance: guidance scale baked into the pairs.
+    """
+
+    pairs: int = 10_000
+    pairs_from: Path | None = None
+    any_teacher: bool = False
+    pair_method: Literal["euler", "midpoint", "heun", "rk4", "bosh3", "dopri5", "tsit5"] = "heun"
+    pair_steps: int = 20
+    pair_rtol: float | None = None
+    guidance: float = 1.0
+
+    def solver(self) -> Solver:
+        """How they are made.
+
+        Raises:
+            ValueError: for settings that do not go together.
+        """
+        if self.pairs < 1:
+            raise ValueError(f"--pairs: must be at least 1, got {self.pairs}")
+        if self.pair_rtol is not None and self.pair_method not in ("bosh3", "dopri5", "tsit5"):
+            raise ValueError(f"--pair-rtol: goes with --pair-method bosh3, dopri5 or tsit5, got {self.pair_method}")
+        return Solver(self.pair_method, self.pair_steps, self.guidance, self.pair_rtol)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How the student learns.
+
+    Attributes:
+        iterations: batches to train on (each round).
+        batch: global batch size.
+        seed: of pairs and training.
+        dropout: of the student, where it should differ from the teacher's.
+        lr: learning rate.
+        warmup: iterations of warm-up.
+        decay: of the learning rate.
+        average: decay of the moving average.
+        resume: go on with the run in `out` (unfinished pairs go on by themselves).
+    """
+
+    iterations: int = 2000
+    batch: int = 128
+    seed: int = 0
+    dropout: float | None = None
+    lr: float = 1e-3
+    warmup: int = 20
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    average: float = 0.995
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}: must be at least 1, got {getattr(self, name)}")
+
+    def task_options(self) -> dict[str, Any]:
+        """As options of a task."""
+        optimization = Optimization(lr=self.lr, warmup=self.warmup, decay=self.decay)
+        return {"optimization": optimization, "average": self.average}
+
+    def loop_options(self) -> dict[str, Any]:
+        """As options of `train`."""
+        return {"resume": self.resume, "iterations": self.iterations, "batch": self.batch, "seed": self.seed}
 
 
 def straighten_reflow(
     run: tyro.conf.Positional[Path],
     out: Path,
-    pairs: int = 10_000,
-    pairs_from: Path | None = None,
-    online: bool = False,
-    any_teacher: bool = False,
     rounds: int = 1,
-    iterations: int = 2000,
-    batch: int = 128,
-    seed: int = 0,
-    pair_method: PairMethod = "heun",
-    pair_steps: int = 20,
-    pair_rtol: float | None = None,
-    guidance: float = 1.0,
+    online: bool = False,
     times: TimesName = "uniform",
     start: Literal["average", "raw"] = "average",
-    dropout: float | None = None,
-    lr: float = 1e-3,
-    warmup: int = 20,
-    decay: Literal["constant", "linear", "cosine"] = "cosine",
-    average: float = 0.995,
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    pairing: Pairing = Pairing(),
+    learning: Learning = Learning(),
     machines: Machines = Machines(),
     keeping: Keeping = Keeping(),
 ) -> int:
@@ -67,68 +128,48 @@ def straighten_reflow(
 
     Args:
         run: the teacher: a run folder, a saved flow or a published checkpoint.
-        out: run folder of the straightened flow; its pairs go to OUT/pairs. With several rounds, the folder of
-            `round-1`, `round-2`, ...
-        pairs: how many pairs.
-        pairs_from: pairs that are there already: a pair store, or folders with z0.npy and z1.npy.
-        online: make every pair when it is needed instead of storing them (slower, never the same pair twice).
-        any_teacher: allow stored pairs that other weights made.
+        out: run folder of the straightened flow. With several rounds, the folder of `round-1`, `round-2`, ...
         rounds: how often to straighten. An interrupted command goes on with --resume; finished rounds are kept.
-        iterations: batches to train on, each round.
-        batch: global batch size.
-        seed: of pairs and training.
-        pair_method: solver that makes the pairs.
-        pair_steps: its steps.
-        pair_rtol: error control with this tolerance instead of steps (dopri5, bosh3 or tsit5; the paper: dopri5, 1e-5).
-        guidance: guidance scale baked into the pairs.
+        online: make every pair when it is needed instead of storing them (slower, never the same pair twice).
         times: law of the training time.
         start: weights of the teacher that the student goes on from (the average makes the pairs in any case).
-        dropout: of the student, where it should differ from the teacher's.
-        lr: learning rate.
-        warmup: iterations of warm-up.
-        decay: of the learning rate.
-        average: decay of the moving average.
-        resume: go on with the run in `out` (unfinished pairs go on by themselves).
+        pairing: the teacher's pairs.
+        learning: how the student learns.
         machines: where it runs.
         keeping: what is kept on the way.
     """
-    for name, value in (("pairs", pairs), ("iterations", iterations), ("batch", batch), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"--{name}: must be at least 1, got {value}")
-    if rounds > 1 and pairs_from is not None:
+    if rounds < 1:
+        raise ValueError(f"--rounds: must be at least 1, got {rounds}")
+    if rounds > 1 and pairing.pairs_from is not None:
         raise ValueError("--pairs-from: later rounds need pairs of their own; give --pairs")
-    if rounds == 1:
-        check_new(out, resume)
-    solver = _solver(pair_method, pair_steps, guidance, pair_rtol)
-    teacher, status = run, 0
+    solver, teacher, status = pairing.solver(), run, 0
     for number in range(1, rounds + 1):
         folder = out / f"round-{number}" if rounds > 1 else out
-        check_new(folder, resume)
+        check_new(folder, learning.resume)
         flow = _open_teacher(teacher, machines)
         flow.require_field()
         # New draws in every round, as the method asks.
-        draws = seed + number - 1
+        seed = learning.seed + number - 1
         store: PairSource
         if online:
-            store = OnlinePairs(flow, iterations * batch, seed=draws, solver=solver, teacher=str(teacher))
+            count = learning.iterations * learning.batch
+            store = OnlinePairs(flow, count, seed=seed, solver=solver, teacher=str(teacher))
         else:
-            store = _pairs(flow, teacher, folder, pairs, draws, solver, pairs_from)
+            store = _pairs(flow, teacher, folder, pairing, seed)
         task = reflow_task(
             flow,
             store,
             times=build_time_law(times),
             start=None if start == "average" else load(teacher, averaged=False).network,
-            any_teacher=any_teacher,
-            optimization=Optimization(lr=lr, warmup=warmup, decay=decay),
-            average=average,
+            any_teacher=pairing.any_teacher,
             teacher=str(teacher),
+            **learning.task_options(),
         )
-        _set_dropout(task.flow.network, dropout)
-        options = {"resume": resume, "iterations": iterations, "batch": batch, "seed": seed}
-        status = _train(task, folder, "reflow", teacher, store, options, machines, keeping)
+        status = _train(task, folder, "reflow", teacher, store, learning, machines, keeping)
         if status:
             return status
-        _compare(flow, task.result())
+        if machines.devices * machines.nodes == 1:
+            _compare(flow, task.result())
         teacher = folder
     return status
 
@@ -137,26 +178,12 @@ def straighten_distil(
     run: tyro.conf.Positional[Path],
     out: Path,
     steps: int = 1,
-    pairs: int = 10_000,
-    pairs_from: Path | None = None,
-    any_teacher: bool = False,
     metric: MetricName = "squared",
     squared_too: bool = False,
     reverse: bool = False,
     eps: float = 0.0,
-    iterations: int = 2000,
-    batch: int = 128,
-    seed: int = 0,
-    pair_method: PairMethod = "heun",
-    pair_steps: int = 20,
-    pair_rtol: float | None = None,
-    guidance: float = 1.0,
-    dropout: float | None = None,
-    lr: float = 1e-3,
-    warmup: int = 20,
-    decay: Literal["constant", "linear", "cosine"] = "cosine",
-    average: float = 0.995,
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    pairing: Pairing = Pairing(),
+    learning: Learning = Learning(),
     machines: Machines = Machines(),
     keeping: Keeping = Keeping(),
 ) -> int:
@@ -164,42 +191,27 @@ def straighten_distil(
 
     Args:
         run: the teacher: a run folder, a saved flow or a published checkpoint.
-        out: run folder of the student; pairs that are made go to OUT/pairs.
+        out: run folder of the student.
         steps: Euler steps of the student.
-        pairs: how many pairs to make.
-        pairs_from: pairs of this teacher that are there already.
-        any_teacher: allow stored pairs that other weights made.
         metric: squared regresses the velocity; gradients (a surrogate without learned features) and classifier (features of
             a classifier trained on the run's labels) compare the images that come out.
         squared_too: add the squared loss to another metric.
         reverse: distil the way from data to noise (use the student with `pantarhei invert`).
         eps: first time of the sampler; the published recipe has 0.001.
-        iterations: batches to train on.
-        batch: global batch size.
-        seed: of pairs and training.
-        pair_method: solver that makes the pairs.
-        pair_steps: its steps.
-        pair_rtol: error control with this tolerance instead of steps (dopri5, bosh3 or tsit5; the paper: dopri5, 1e-5).
-        guidance: guidance scale baked into the pairs.
-        dropout: of the student, where it should differ from the teacher's.
-        lr: learning rate.
-        warmup: iterations of warm-up.
-        decay: of the learning rate.
-        average: decay of the moving average.
-        resume: go on with the run in `out`.
+        pairing: the teacher's pairs.
+        learning: how the student learns.
         machines: where it runs.
         keeping: what is kept on the way.
     """
-    check_new(out, resume)
-    for name, value in (("pairs", pairs), ("iterations", iterations), ("batch", batch), ("steps", steps)):
-        if value < 1:
-            raise ValueError(f"--{name}: must be at least 1, got {value}")
+    check_new(out, learning.resume)
+    if steps < 1:
+        raise ValueError(f"--steps: must be at least 1, got {steps}")
     flow = _open_teacher(run, machines)
     check_teacher(flow, eps)
     if metric != "squared" and len(flow.shape or ()) != 3:
         raise ValueError(f"--metric: {metric} compares images, this flow's samples have shape {flow.shape}")
-    distance = build_metric(metric, data_of(run)[0] if metric == "classifier" else None, seed)
-    store = _pairs(flow, run, out, pairs, seed, _solver(pair_method, pair_steps, guidance, pair_rtol), pairs_from)
+    distance = build_metric(metric, data_of(run)[0] if metric == "classifier" else None, learning.seed)
+    store = _pairs(flow, run, out, pairing, learning.seed)
     task = distillation_task(
         flow,
         store,
@@ -208,28 +220,17 @@ def straighten_distil(
         squared_too=squared_too,
         reverse=reverse,
         eps=eps,
-        any_teacher=any_teacher,
-        optimization=Optimization(lr=lr, warmup=warmup, decay=decay),
-        average=average,
+        any_teacher=pairing.any_teacher,
         teacher=str(run),
+        **learning.task_options(),
     )
-    _set_dropout(task.flow.network, dropout)
-    options = {"resume": resume, "iterations": iterations, "batch": batch, "seed": seed}
-    return _train(task, out, "distillation", run, store, options, machines, keeping)
+    return _train(task, out, "distillation", run, store, learning, machines, keeping)
 
 
 # The paper's settings for its CIFAR-10 networks.
 _PAPER = {
-    "pairs": 1_000_000,
-    "pair_method": "dopri5",
-    "pair_rtol": 1e-5,
-    "iterations": 300_000,
-    "batch": 128,
-    "dropout": 0.1,
-    "lr": 2e-4,
-    "warmup": 5000,
-    "decay": "constant",
-    "average": 0.9999,
+    "pairing": Pairing(pairs=1_000_000, pair_method="dopri5", pair_rtol=1e-5),
+    "learning": Learning(iterations=300_000, dropout=0.1, lr=2e-4, warmup=5000, decay="constant", average=0.9999),
     "keeping": Keeping(checkpoint_every=10_000, preview_every=10_000),
 }
 straighten_reflow.presets = {"cifar10": {**_PAPER, "start": "raw"}}  # type: ignore[attr-defined]
@@ -242,14 +243,17 @@ def _train(
     kind: str,
     teacher: Path,
     pairs: PairSource,
-    options: dict[str, Any],
+    learning: Learning,
     machines: Machines,
     keeping: Keeping,
 ) -> int:
     # The teacher's recipe stays with the student, so that it can be evaluated on the same data.
     config: dict[str, Any] = {"system": "rectified-flow", "kind": kind, "teacher": str(teacher)}
     config |= {"recipe": _recipe(teacher), "pairs": None if isinstance(pairs, OnlinePairs) else str(pair_folder(pairs))}
-    return report_end(train(task, out, config=config, **options, **machines.options(), **keeping.options()))
+    _set_dropout(task.flow.network, learning.dropout)
+    return report_end(
+        train(task, out, config=config, **learning.loop_options(), **machines.options(), **keeping.options())
+    )
 
 
 def _open_teacher(run: Path, machines: Machines) -> Flow:
@@ -260,12 +264,6 @@ def _open_teacher(run: Path, machines: Machines) -> Flow:
     if machines.accelerator != "cpu" and torch.cuda.is_available():
         flow.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
     return flow.eval()
-
-
-def _solver(method: PairMethod, steps: int, guidance: float, rtol: float | None) -> Solver:
-    if rtol is not None and method not in ("bosh3", "dopri5", "tsit5"):
-        raise ValueError(f"--pair-rtol: goes with --pair-method bosh3, dopri5 or tsit5, got {method}")
-    return Solver(method, steps, guidance, rtol)
 
 
 def _set_dropout(network: nn.Module, rate: float | None) -> None:
@@ -295,22 +293,16 @@ def _compare(teacher: Flow, student: Flow) -> None:
     )
 
 
-def _pairs(flow: Flow, run: Path, out: Path, count: int, seed: int, solver: Solver, given: Path | None) -> PairSource:
+def _pairs(flow: Flow, run: Path, out: Path, pairing: Pairing, seed: int) -> PairSource:
     """Given pairs, or new ones, of which each process makes its share."""
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     store: PairSource
+    given = pairing.pairs_from
     if given is not None:
         store = open_pairs(given, gaussian=bool(getattr(flow.source, "gaussian", False)))
     else:
-        made: dict[str, Any] = {
-            "seed": seed,
-            "solver": solver,
-            "teacher": str(run),
-            "rank": rank,
-            "world": world,
-            "progress": True,
-        }
-        store = make_pairs(flow, count, out / "pairs", **made)
+        about: dict[str, Any] = {"seed": seed, "solver": pairing.solver(), "teacher": str(run), "progress": True}
+        store = make_pairs(flow, pairing.pairs, out / "pairs", rank=rank, world=world, **about)
         while store.missing():  # of the other processes
             time.sleep(1.0)
     if rank == 0:
