@@ -283,7 +283,7 @@ PRESETS = {
         batch=128,
         keeping={"checkpoint_every": 10_000, "preview_every": 10_000},
     ),
-    # 12.7 M parameters, for one GPU and a coffee.
+    # 12.7 M parameters, sized for about 20 minutes on one GPU (estimated, not yet run there).
     "cifar10-small": Preset(
         RectifiedFlowConfig(
             data=DataConfig(data="cifar10", augment=("flip",)),
