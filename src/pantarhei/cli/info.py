@@ -9,6 +9,7 @@ import tyro
 
 from pantarhei.data import TOYS
 from pantarhei.data.shards import HEADER, ShardStore
+from pantarhei.flow import Flow
 from pantarhei.flow.couplings import COUPLINGS
 from pantarhei.flow.grids import WARPS
 from pantarhei.flow.paths import PATHS
@@ -18,6 +19,7 @@ from pantarhei.flow.times import TIME_LAWS
 from pantarhei.images import AUGMENTATIONS
 from pantarhei.interop import load
 from pantarhei.networks import CONFIGS
+from pantarhei.recipes.rectified_flow import PRESETS
 from pantarhei.recipes.systems import SYSTEMS
 from pantarhei.report import Table
 from pantarhei.solve import METHODS
@@ -47,7 +49,8 @@ def list_names() -> int:
     """Print the systems and every name that options take."""
     rows: list[tuple[str, str]] = [
         ("recipes (train)", "rectified-flow"),
-        ("straighten", "reflow"),
+        ("straighten", "reflow, distil"),
+        ("presets", ", ".join(PRESETS)),
         ("data", f"digits, a folder or zip of images, CIFAR-10 files, parquet, hf:NAME, {', '.join(TOYS)}"),
         ("augmentations", ", ".join(AUGMENTATIONS)),
         ("networks", ", ".join(CONFIGS)),
@@ -89,8 +92,16 @@ def _flow(path: Path) -> list[tuple[str, Any]]:
         ("conditions", ", ".join(flow.conditions) or "none"),
         ("coupling", f"{provenance.coupling}, rectified {provenance.rectified}x"),
         ("teacher", provenance.teacher or "none"),
-        ("score, SDE, likelihood", provenance.why_not_marginal() or "available"),
+        ("score, SDE", _score(flow)),
     ]
+
+
+def _score(flow: Flow) -> str:
+    try:
+        flow.require_score()
+    except ValueError as error:
+        return str(error)
+    return "available"
 
 
 def _store(path: Path) -> list[tuple[str, Any]]:
