@@ -70,6 +70,8 @@ def test_what_is_not_known_is_not_guessed(tmp_path):
     x, t = torch.randn(1, 3, 16, 16), torch.tensor([0.5])
     with pytest.raises(ValueError, match="not stated in the file"):
         pr.load(path).score(x, t)
+    with pytest.raises(ValueError, match="not stated in the file"):
+        pr.load(path).log_prob(x)
     with pytest.raises(ValueError, match="rectified 1x"):
         pr.load(path, rectified=1).score(x, t)
     assert pr.load(path, rectified=0).score(x, t).shape == x.shape

@@ -29,6 +29,8 @@ from pantarhei.solve.steps import Step
 ConditionLike = Condition | Mapping[str, Tensor] | Tensor | None
 # Below this noise level a state counts as clean: no denoising step is added at the end.
 CLEAN = 5e-4
+# The coupling of a flow that was read from a file which does not say it.
+NOT_STATED = "not stated in the file"
 
 
 class Codec(Protocol):
@@ -66,6 +68,10 @@ class Provenance:
         if self.coupling != "independent":
             return f"this flow was trained with the coupling {self.coupling!r}: its noise and data are not independent"
         return None
+
+    def why_not_density(self) -> str | None:
+        """Why the flow's density is not an estimate of the data's, or None where it is: any coupling of the data keeps it."""
+        return self.why_not_marginal() if self.rectified or self.coupling == NOT_STATED else None
 
 
 class Flow(nn.Module):
@@ -425,7 +431,7 @@ class Flow(nn.Module):
             ValueError: where the source has no density, or (with of="data") the flow was rectified.
         """
         self.require_field()
-        reason = self.provenance.why_not_marginal() if self.provenance.rectified else None
+        reason = self.provenance.why_not_density()
         if of == "data" and reason:
             raise ValueError(f"log_prob: {reason}; of='samples' gives the density of its own samples")
         if not hasattr(self.source, "log_prob"):

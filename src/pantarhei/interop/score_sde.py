@@ -20,6 +20,7 @@ from torch import Tensor
 from pantarhei.data.pickles import load_weights
 from pantarhei.files import write_atomically
 from pantarhei.flow import Flow, Provenance
+from pantarhei.flow.flow import NOT_STATED
 from pantarhei.networks import NCSNpp, NCSNppConfig
 from pantarhei.networks import ncsnpp_keys as keys
 
@@ -84,7 +85,7 @@ def read(
     if bad:
         raise ValueError(f"{path}: {bad[0]} holds NaN or infinity")
     network.load_state_dict(state)
-    coupling = "not stated in the file" if rectified is None else "independent"
+    coupling = NOT_STATED if rectified is None else "independent"
     notes: dict[str, Any] = {"read_from": path.name, "weights": "average" if averaged else "raw"}
     if distilled is not None:
         coupling, notes["steps"] = "distilled", distilled
