@@ -13,13 +13,15 @@ pytestmark = pytest.mark.parity
 def described(golden: Golden) -> NCSNppConfig:
     """The network that the golden's configuration describes."""
     model, data = golden.config["model"], golden.config["data"]
+    sides = [data["image_size"] >> level for level in range(len(model["ch_mult"]))]
     return NCSNppConfig(
         size=data["image_size"],
         channels=data["num_channels"],
         width=model["nf"],
         multipliers=tuple(model["ch_mult"]),
         blocks=model["num_res_blocks"],
-        attention=tuple(model["attn_resolutions"]),
+        # Sides that do not occur have no attention.
+        attention=tuple(side for side in sides if side in model["attn_resolutions"]),
         embedding={"positional": "sinusoid", "fourier": "fourier"}[model["embedding_type"]],
         fourier_scale=model["fourier_scale"],
         time_scale=golden.config["time_scale"],
@@ -38,7 +40,9 @@ def test_network_and_key_map(name):
     golden = Golden("rectified-flow", name)
     config = described(golden)
     weights = {k.removeprefix("w."): golden[k] for k in golden.names("w.")}
-    known = {"time_scale": config.time_scale, "dropout": config.dropout, "fourier_scale": config.fourier_scale}
+    # What the weights do not tell.
+    untold = ("time_scale", "dropout", "fourier_scale", "filter", "divide", "rescale")
+    known = {name: getattr(config, name) for name in untold}
     assert infer_config(weights, name, size=config.size, **known) == config
     network = NCSNpp(config).eval()
     network.load_state_dict(from_reference(weights, config, name))

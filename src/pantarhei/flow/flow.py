@@ -70,7 +70,7 @@ class Provenance:
         return None
 
     def why_not_density(self) -> str | None:
-        """Why the flow's density is not an estimate of the data's, or None where it is: any coupling of the data keeps it."""
+        """Why the flow's density is not an estimate of the data's, or None where it is (any coupling keeps it)."""
         return self.why_not_marginal() if self.rectified or self.coupling == NOT_STATED else None
 
 
