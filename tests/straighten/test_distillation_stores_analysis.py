@@ -65,8 +65,10 @@ def test_distilled_steps_beat_the_teachers(steps, tmp_path):
 def test_a_distilled_flow_says_what_it_is(tmp_path):
     flow = learner()
     pairs = make_pairs(flow, 64, tmp_path / "pairs", solver=Solver("euler", 2))
-    result = distil(flow, pairs.folder, to=tmp_path / "run", steps=2, eps=1e-3, iterations=2, batch=32, **QUIET)
+    result = distil(flow, pairs=pairs.folder, to=tmp_path / "run", steps=2, eps=1e-3, iterations=2, batch=32, **QUIET)
     assert result.provenance.notes["steps"] == 2
+    made = distil(flow, pairs=64, to=tmp_path / "made", solver=Solver("euler", 2), iterations=2, batch=32, **QUIET)
+    assert made.provenance.notes["pairs"] == 64
     assert result.interval == (1e-3, 1.0)
     with pytest.raises(ValueError, match="distilled"):
         result.score(torch.zeros(1, 2), torch.tensor(0.5))

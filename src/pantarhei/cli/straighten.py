@@ -26,9 +26,8 @@ from pantarhei.straighten import (
     Solver,
     check_teacher,
     distillation_task,
+    find_pairs,
     inspect_pairs,
-    make_pairs,
-    open_pairs,
     pair_folder,
     reflow_task,
     straightness,
@@ -296,15 +295,11 @@ def _compare(teacher: Flow, student: Flow) -> None:
 def _pairs(flow: Flow, run: Path, out: Path, pairing: Pairing, seed: int) -> PairSource:
     """Given pairs, or new ones, of which each process makes its share."""
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    store: PairSource
     given = pairing.pairs_from
-    if given is not None:
-        store = open_pairs(given, gaussian=bool(getattr(flow.source, "gaussian", False)))
-    else:
-        about: dict[str, Any] = {"seed": seed, "solver": pairing.solver(), "teacher": str(run), "progress": True}
-        store = make_pairs(flow, pairing.pairs, out / "pairs", rank=rank, world=world, **about)
-        while store.missing():  # of the other processes
-            time.sleep(1.0)
+    made: dict[str, Any] = {"seed": seed, "solver": pairing.solver(), "teacher": str(run), "progress": True}
+    store = find_pairs(flow, given or pairing.pairs, out / "pairs", rank=rank, world=world, **made)
+    while given is None and store.missing():  # what the other processes make
+        time.sleep(1.0)
     if rank == 0:
         found = inspect_pairs(store, flow if given is None else None)
         error = "" if found.solver_error is None else f", solver error {100 * found.solver_error:.2f} %"

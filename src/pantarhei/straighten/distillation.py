@@ -11,8 +11,10 @@ from torch import nn
 from pantarhei.flow import Flow, FlowMatching, Term
 from pantarhei.flow.couplings import Pairs
 from pantarhei.flow.metrics import Premetric
+from pantarhei.flow.numbered import Conditions
 from pantarhei.flow.times import Steps
-from pantarhei.straighten.stores import PairSource, check_pairs, open_pairs, split_pairs
+from pantarhei.straighten.pairs import Solver
+from pantarhei.straighten.stores import PairSource, check_pairs, find_pairs, split_pairs
 from pantarhei.training import FlowTask, Optimization, train
 
 
@@ -94,12 +96,14 @@ def check_teacher(flow: Flow, eps: float = 0.0) -> None:
 
 def distil(
     flow: Flow,
-    pairs: PairSource | str | Path,
     *,
+    pairs: int | PairSource | str | Path = 50_000,
     to: str | Path,
     steps: int = 1,
     iterations: int = 10_000,
     seed: int = 0,
+    solver: Solver | None = None,
+    conditions: Conditions | Any | None = None,
     metric: Premetric | None = None,
     squared_too: bool = False,
     reverse: bool = False,
@@ -113,16 +117,20 @@ def distil(
 
     Args:
         flow: the teacher.
-        pairs: its pairs or their folder.
+        pairs: how many pairs to make (into `to`/pairs, resumable), or pairs of this flow, or their folder.
         to: run folder.
         iterations: training length.
-        seed: of the training.
+        seed: of pairs and training.
+        solver, conditions: see `make_pairs`.
         steps, metric, squared_too, reverse, eps, optimization, average, teacher: see `distillation_task`.
         options: further fields of `LoopConfig`, and `resume`.
     """
+    check_teacher(flow, eps)
+    shown = options.get("progress", True)
+    made = {"seed": seed, "solver": solver, "conditions": conditions, "teacher": teacher, "progress": shown}
     task = distillation_task(
         flow,
-        open_pairs(pairs) if isinstance(pairs, (str, Path)) else pairs,
+        find_pairs(flow, pairs, Path(to) / "pairs", **made),
         steps=steps,
         metric=metric,
         squared_too=squared_too,

@@ -12,8 +12,8 @@ from pantarhei.flow import Flow, FlowMatching
 from pantarhei.flow.couplings import Pairs
 from pantarhei.flow.numbered import Conditions
 from pantarhei.flow.times import TimeLaw, Uniform
-from pantarhei.straighten.pairs import Solver, make_pairs
-from pantarhei.straighten.stores import PairSource, check_pairs, open_pairs, split_pairs
+from pantarhei.straighten.pairs import Solver
+from pantarhei.straighten.stores import PairSource, check_pairs, find_pairs, split_pairs
 from pantarhei.training import FlowTask, Optimization, train
 
 
@@ -94,22 +94,9 @@ def reflow(
         raise ValueError("pairs: later rounds need pairs of their own; give a number of pairs")
     for number in range(1, rounds + 1):
         folder = Path(to) / f"round-{number}" if rounds > 1 else Path(to)
-        store: PairSource
-        if isinstance(pairs, int):
-            # New draws in every round, as the method asks.
-            store = make_pairs(
-                flow,
-                pairs,
-                folder / "pairs",
-                seed=seed + number - 1,
-                solver=solver,
-                conditions=conditions,
-                teacher=teacher,
-                progress=options.get("progress", True),
-            )
-        else:
-            gaussian = bool(getattr(flow.source, "gaussian", False))
-            store = open_pairs(pairs, gaussian=gaussian) if isinstance(pairs, (str, Path)) else pairs
+        # New draws in every round, as the method asks.
+        made = {"seed": seed + number - 1, "solver": solver, "conditions": conditions, "teacher": teacher}
+        store = find_pairs(flow, pairs, folder / "pairs", progress=options.get("progress", True), **made)
         task = reflow_task(flow, store, times=times, optimization=optimization, average=average, teacher=teacher)
         config = {"system": "rectified-flow", "kind": "reflow", "teacher": teacher}
         train(task, folder, iterations=iterations, seed=seed, config=config, **options)

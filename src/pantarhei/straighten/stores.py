@@ -20,7 +20,7 @@ from pantarhei.data.shards import HEADER, ShardStore
 from pantarhei.flow import Flow
 from pantarhei.flow.numbered import Conditions, join, numbered_conditions, numbered_samples
 from pantarhei.flow.pretrained import fingerprint
-from pantarhei.straighten.pairs import Solver, inspect_pairs, pair_header, pair_stream
+from pantarhei.straighten.pairs import Solver, inspect_pairs, make_pairs, pair_header, pair_stream
 
 
 @runtime_checkable
@@ -182,6 +182,22 @@ def open_pairs(folder: str | Path, *, gaussian: bool = True) -> PairSource:
         FileNotFoundError: it is neither.
     """
     return ShardStore(folder) if (Path(folder) / HEADER).is_file() else ArrayPairs(folder, gaussian=gaussian)
+
+
+def find_pairs(flow: Flow, pairs: int | PairSource | str | Path, folder: Path, **made: Any) -> PairSource:
+    """Given pairs, those in a given folder, or as many new ones in `folder`.
+
+    Args:
+        flow: the teacher.
+        pairs: how many, which, or where they are.
+        folder: of new ones.
+        made: options of `make_pairs`.
+    """
+    if isinstance(pairs, int):
+        return make_pairs(flow, pairs, folder, **made)
+    if isinstance(pairs, (str, Path)):
+        return open_pairs(pairs, gaussian=bool(getattr(flow.source, "gaussian", False)))
+    return pairs
 
 
 def pair_folder(pairs: PairSource) -> Path:
