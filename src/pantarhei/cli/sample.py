@@ -60,7 +60,8 @@ def sample(
         rtol: error control with this relative and absolute tolerance instead of a number of steps (with bosh3, dopri5 or
             tsit5); the paper's figures have dopri5 at 1e-5.
         published_grid: Euler steps as the published rectified flow code takes them, to compare with its figures.
-        input: images (a folder, zip or file) or a .safetensors file with x to start from.
+        input: what to start from: a .safetensors file with x0 (or x), or images (a folder, zip or file) for a flow that
+            starts from images.
         seed: sample i depends on (seed, i) only; the noise of --sde on --batch too.
         batch: samples at a time.
         checkpoint: newest, best or an iteration.

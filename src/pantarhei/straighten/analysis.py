@@ -74,8 +74,8 @@ def balance(flow: Flow, x0: Tensor, x1: Tensor, *, condition: Any = None, steps:
         own = states[-1] - states[0]
         for i in range(steps):
             middle = torch.tensor((nodes[i] + nodes[i + 1]) / 2, dtype=x0.dtype, device=x0.device)
-            x_t = middle * x1 + (1 - middle) * x0
-            crossing += _mean_square(shift - flow.velocity(x_t, middle, condition)) / steps
+            x_t, slope = flow.path.sample(x0, x1, None, middle)
+            crossing += _mean_square(slope - flow.velocity(x_t, middle, condition)) / steps
             # Velocities at both ends of a step and its chord, by Simpson's rule, give the square's mean over the step.
             ends = [flow.velocity(states[j], torch.tensor(nodes[j]).to(x0), condition) for j in (i, i + 1)]
             chord = (states[i + 1] - states[i]) / (nodes[i + 1] - nodes[i])
