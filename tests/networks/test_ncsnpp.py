@@ -88,7 +88,7 @@ def test_wrong_sizes_are_refused(change, said):
         NCSNpp(NCSNppConfig(**SMALL))(torch.zeros(1, 3, 16, 16), torch.zeros(1), label=torch.zeros(1).long())
 
 
-def test_compiles_whole():
+def test_compiles_whole_and_is_differentiable_forwards():
     torch.manual_seed(0)
     network = NCSNpp(NCSNppConfig(**SMALL)).eval()
     for p in network.parameters():
@@ -96,6 +96,11 @@ def test_compiles_whole():
     x, t = torch.randn(2, 3, 16, 16), torch.rand(2)
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(x, t), network(x, t), rtol=1e-4, atol=1e-4)
+    direction, step = torch.randn_like(x), 1e-3
+    _, slope = torch.func.jvp(lambda x: network(x, t), (x,), (direction,))
+    with torch.no_grad():
+        change = (network(x + step * direction, t) - network(x - step * direction, t)) / (2 * step)
+    assert (slope - change).norm() < 0.01 * change.norm()
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
