@@ -142,7 +142,7 @@ def invert(
     """
     _check(count, batch, steps)
     flow = open_flow(run, checkpoint, device)
-    distilled = flow.provenance.coupling == "distilled"
+    distilled = flow.provenance.why_not_field() is not None
     if distilled and not flow.provenance.notes.get("direction"):
         raise ValueError(
             "this flow was distilled to run from source to data; distil its teacher with --reverse instead"

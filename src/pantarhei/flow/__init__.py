@@ -4,12 +4,13 @@ from pantarhei.flow import couplings, objectives, paths, predictions, sources, t
 from pantarhei.flow.closed_form import GaussianMixture, MixtureField
 from pantarhei.flow.conditions import Condition
 from pantarhei.flow.feature_jacobian import FeatureJacobian
-from pantarhei.flow.flow import Flow, Provenance, evaluation_mode
+from pantarhei.flow.flow import Flow, evaluation_mode
 from pantarhei.flow.grids import make_grid
 from pantarhei.flow.likelihood import Likelihood, log_likelihood
 from pantarhei.flow.metrics import GradientPyramid, Perceptual, PseudoHuber, squared
 from pantarhei.flow.nonparametric import EmpiricalField, NeighbourField
 from pantarhei.flow.objectives import FlowMatching, Objective, Term
+from pantarhei.flow.provenance import Provenance
 from pantarhei.flow.stochastic import fading, transport_sde
 from pantarhei.flow.transforms import FieldTransform, Guidance, Stretched
 

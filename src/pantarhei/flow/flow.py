@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,6 +18,7 @@ from pantarhei.flow.grids import Grid, GridName, make_grid
 from pantarhei.flow.likelihood import Divergence, Likelihood, log_likelihood
 from pantarhei.flow.paths import AffinePath, build_path
 from pantarhei.flow.predictions import Ends, Prediction, PredictionName, as_rows, build_prediction, check_times
+from pantarhei.flow.provenance import Provenance
 from pantarhei.flow.sources import SourceLaw, build_source
 from pantarhei.flow.stochastic import Epsilon, transport_sde
 from pantarhei.flow.transforms import FieldTransform, Guidance, TransformedField
@@ -29,8 +30,6 @@ from pantarhei.solve.steps import Step
 ConditionLike = Condition | Mapping[str, Tensor] | Tensor | None
 # Below this noise level a state counts as clean: no denoising step is added at the end.
 CLEAN = 5e-4
-# The coupling of a flow that was read from a file which does not say it.
-NOT_STATED = "not stated in the file"
 
 
 class Codec(Protocol):
@@ -41,37 +40,6 @@ class Codec(Protocol):
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents to data."""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a flow comes from, as far as it decides what may be asked of it.
-
-    Attributes:
-        coupling: how x0 and x1 were paired in training.
-        rectified: how many times the coupling was replaced by the flow's own (reflow rounds).
-        data: what it was trained on.
-        teacher: what made its pairs, where it has any.
-        notes: anything else worth keeping (guidance in the pairs, licence of the teacher).
-    """
-
-    coupling: str = "independent"
-    rectified: int = 0
-    data: str = ""
-    teacher: str = ""
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    def why_not_marginal(self) -> str | None:
-        """Why x0 given x_t is not the denoising noise of the data, or None where it is."""
-        if self.rectified:
-            return f"this flow was rectified {self.rectified}x: its noise and data are no longer independent"
-        if self.coupling != "independent":
-            return f"this flow was trained with the coupling {self.coupling!r}: its noise and data are not independent"
-        return None
-
-    def why_not_density(self) -> str | None:
-        """Why the flow's density is not an estimate of the data's, or None where it is (any coupling keeps it)."""
-        return self.why_not_marginal() if self.rectified or self.coupling == NOT_STATED else None
 
 
 class Flow(nn.Module):
@@ -183,8 +151,8 @@ class Flow(nn.Module):
         """Read a flow that `save_pretrained` wrote; a network that is not one of ours must be given."""
         return pretrained.from_pretrained(folder, network, **overrides)
 
-    def like(self, network: nn.Module, **provenance: Any) -> Flow:
-        """The same flow around another network, with changes to its provenance."""
+    def like(self, network: nn.Module, *, interval: Sequence[float] | None = None, **provenance: Any) -> Flow:
+        """The same flow around another network, on its own or another interval, with changes to its provenance."""
         changed = replace(self.provenance, **provenance)
         return Flow(
             network,
@@ -195,7 +163,7 @@ class Flow(nn.Module):
             null=self.null,
             conditions=self.conditions,
             codec=self.codec,
-            interval=self._interval if self._narrowed else None,
+            interval=interval or (self._interval if self._narrowed else None),
             provenance=changed,
         )
 
@@ -478,9 +446,9 @@ class Flow(nn.Module):
         Raises:
             ValueError: it was distilled.
         """
-        if self.provenance.coupling == "distilled":
-            steps = self.provenance.notes.get("steps", "a few")
-            raise ValueError(f"this flow was distilled to {steps} steps: between them its velocity means nothing")
+        reason = self.provenance.why_not_field()
+        if reason:
+            raise ValueError(reason)
 
     def require_score(self) -> None:
         """Check that this flow has a score (and so SDEs with its marginals).

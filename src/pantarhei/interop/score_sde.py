@@ -20,7 +20,7 @@ from torch import Tensor
 from pantarhei.data.pickles import load_weights
 from pantarhei.files import write_atomically
 from pantarhei.flow import Flow, Provenance
-from pantarhei.flow.flow import NOT_STATED
+from pantarhei.flow.provenance import DISTILLED, NOT_STATED
 from pantarhei.networks import NCSNpp, NCSNppConfig
 from pantarhei.networks import ncsnpp_keys as keys
 
@@ -88,7 +88,7 @@ def read(
     coupling = NOT_STATED if rectified is None else "independent"
     notes: dict[str, Any] = {"read_from": path.name, "weights": "average" if averaged else "raw"}
     if distilled is not None:
-        coupling, notes["steps"] = "distilled", distilled
+        coupling, notes["steps"] = DISTILLED, distilled
     if "step" in content:
         notes["iterations"] = int(content["step"])
     return Flow(

@@ -9,7 +9,6 @@ dropped, slice it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -61,8 +60,9 @@ class Tableau:
     """Butcher tableau of an explicit Runge-Kutta method.
 
     `error` holds b - b_hat, the weights of the embedded error estimate; `dense`, where given, the columns theta,
-    theta^2, ... of the weights b_i(theta) of the continuous extension. A method is
-    first-same-as-last where its last row is `b`.
+    theta^2, ... of the weights b_i(theta) of the continuous extension. Of these follow `stages` (each later stage's
+    non-zero (slope number, coefficient) pairs and its node), `weights` (the non-zero b) and `first_same_as_last` (the last
+    stage is the slope at the new point).
     """
 
     a: tuple[tuple[float, ...], ...]
@@ -72,20 +72,17 @@ class Tableau:
     error: tuple[float, ...] | None = None
     dense: tuple[tuple[float, ...], ...] | None = None
 
-    @cached_property
-    def stages(self) -> tuple[tuple[Terms, float], ...]:
-        """Each later stage's non-zero (slope number, coefficient) pairs and its node c, found once."""
-        return tuple((nonzero(row), c) for row, c in zip(self.a[1:], self.c[1:], strict=True))
+    # Found once, on construction: a compiled sampler can neither enter the lock of a cached property nor wait for it.
+    stages: tuple[tuple[Terms, float], ...] = field(init=False, repr=False, compare=False)
+    weights: Terms = field(init=False, repr=False, compare=False)
+    first_same_as_last: bool = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def weights(self) -> Terms:
-        """The non-zero weights of b, likewise."""
-        return nonzero(self.b)
-
-    @cached_property
-    def first_same_as_last(self) -> bool:
-        """Whether the last stage is the slope at the new point."""
-        return len(self.b) > 1 and self.c[-1] == 1.0 and self.a[-1] == self.b[:-1] and self.b[-1] == 0.0
+    def __post_init__(self) -> None:
+        later = zip(self.a[1:], self.c[1:], strict=True)
+        object.__setattr__(self, "stages", tuple((nonzero(row), c) for row, c in later))
+        object.__setattr__(self, "weights", nonzero(self.b))
+        ends = len(self.b) > 1 and self.c[-1] == 1.0 and self.a[-1] == self.b[:-1] and self.b[-1] == 0.0
+        object.__setattr__(self, "first_same_as_last", ends)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pantarhei.flow import Flow, FlowMatching, Term
 from pantarhei.flow.couplings import Pairs
 from pantarhei.flow.metrics import Premetric
 from pantarhei.flow.numbered import Conditions
+from pantarhei.flow.provenance import DISTILLED
 from pantarhei.flow.times import Steps
 from pantarhei.straighten.pairs import Solver
 from pantarhei.straighten.stores import PairSource, check_pairs, find_pairs, split_pairs
@@ -73,9 +74,8 @@ def distillation_task(
     if metric is not None:
         notes["distillation_metric"] = getattr(metric, "name", getattr(metric, "__name__", type(metric).__name__))
     network = copy.deepcopy(start or flow.network).requires_grad_(True)
-    student = flow.like(network, coupling="distilled", teacher=teacher, notes=notes)
+    student = flow.like(network, interval=(eps, 1.0), coupling=DISTILLED, teacher=teacher, notes=notes)
     student.codec = None  # pairs live in the flow's space already
-    student = _with_interval(student, eps)
     objective = FlowMatching(times=Steps(steps, reverse), terms=terms, coupling=Pairs())
     kept, held_out = split_pairs(pairs)
     return FlowTask(student, objective, kept, held_out=held_out, optimization=optimization, average=average)
@@ -145,10 +145,3 @@ def distil(
     result = task.result()
     result.codec = flow.codec
     return result
-
-
-def _with_interval(flow: Flow, eps: float) -> Flow:
-    """The flow on [eps, 1]: what its teacher was trained on between is of no concern to a student of its pairs."""
-    spec = {k: v for k, v in flow.spec().items() if k not in ("interval", "source")}
-    kept = {"path": flow.path, "source": flow.source, "interval": (eps, 1.0) if eps else None}
-    return Flow.from_spec(spec, flow.network, **kept)
