@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from pantarhei.cli.opening import read_checkpoint
-from pantarhei.interop import load, score_sde
+from pantarhei.interop import load, score_sde, sit
 from pantarhei.interop.loading import find_checkpoint
 from pantarhei.training import Run
 from pantarhei.training.runs import CONFIG
@@ -17,30 +17,33 @@ from pantarhei.training.runs import CONFIG
 def convert(
     source: tyro.conf.Positional[Path],
     out: Path,
-    to: Literal["pantarhei", "score-sde"] = "pantarhei",
+    to: Literal["pantarhei", "score-sde", "sit", "sit-train"] = "pantarhei",
     weights: Literal["average", "raw"] = "average",
     size: int | None = None,
+    heads: int | None = None,
     rectified: int | None = None,
     distilled: int | None = None,
     checkpoint: str = "newest",
 ) -> int:
-    """Turn a published checkpoint into a folder of ours, or a run or folder of ours into the published layout.
+    """Turn a published checkpoint into a folder of ours, or a run or folder of ours into a published layout.
 
     Args:
-        source: a checkpoint file (`checkpoint_8.pth`), a run, or a folder with `flow.json`.
-        out: folder to write (pantarhei), or file (score-sde).
-        to: layout to write.
+        source: a checkpoint file (`checkpoint_8.pth`, `SiT-XL-2-256.pt`), a run, or a folder with `flow.json`.
+        out: folder to write (pantarhei), or file (the others).
+        to: layout to write: ours, that of score_sde (rectified flow), or SiT's (bare weights, or as its training saves).
         weights: of a checkpoint or run: the moving average, or the raw weights.
-        size: side of the images of a checkpoint whose attention does not sit at side 16.
+        size: side of the images of a score_sde checkpoint whose attention does not sit at side 16.
+        heads: attention heads of a SiT checkpoint that is of no published size.
         rectified: how many reflow rounds a checkpoint went through, which its file does not say; 0 for 1-rectified flow.
-            Score, SDE and likelihood are refused where this is left out.
+            Score, SDE and likelihood of a score_sde checkpoint are refused where this is left out.
         distilled: steps that a checkpoint was distilled to, where it was.
         checkpoint: of a run: newest, best or an iteration.
     """
-    told = {"size": size, "rectified": rectified, "distilled": distilled}
+    told = {"size": size, "heads": heads, "rectified": rectified, "distilled": distilled}
+    told = {name: value for name, value in told.items() if value is not None}
     overrides: dict[str, Any] = told if source.is_file() else {"checkpoint": read_checkpoint(checkpoint)}
-    if not source.is_file() and any(value is not None for value in told.values()):
-        raise ValueError("--size, --rectified, --distilled: only a checkpoint file needs them")
+    if not source.is_file() and told:
+        raise ValueError("--size, --heads, --rectified, --distilled: only a checkpoint file needs them")
     averaged = weights == "average"
     flow = load(source, averaged=averaged, **overrides)
     if to == "pantarhei":
@@ -53,13 +56,19 @@ def convert(
         print(f"next: pantarhei sample {out} --count 16 --out samples")
         return 0
     if out.suffix not in (".pth", ".pt"):
-        raise ValueError(f"--out: the score-sde layout is a .pth file, got {out.name}")
-    about: dict[str, Any] = {}
-    if (source / CONFIG).is_file():
-        run = Run.open(source)
-        about["raw"] = load(source, averaged=False, **overrides).network.state_dict() if averaged else None
-        about["iterations"] = int(find_checkpoint(run, read_checkpoint(checkpoint)).name)
-        about["decay"] = float(run.config.get("recipe", {}).get("average", 0.999999))
-    score_sde.write(flow, out, **about)
+        raise ValueError(f"--out: the {to} layout is a .pth or .pt file, got {out.name}")
+    of_run = (source / CONFIG).is_file()
+    raw = (
+        load(source, averaged=False, **overrides).network.state_dict() if of_run and averaged and to != "sit" else None
+    )
+    if to == "score-sde":
+        about: dict[str, Any] = {}
+        if of_run:
+            run = Run.open(source)
+            about["iterations"] = int(find_checkpoint(run, read_checkpoint(checkpoint)).name)
+            about["decay"] = float(run.config.get("recipe", {}).get("average", 0.999999))
+        score_sde.write(flow, out, raw=raw, **about)
+    else:
+        sit.write(flow, out, raw=raw, layout="train" if to == "sit-train" else "weights")
     print(f"{source} -> {out}")
     return 0

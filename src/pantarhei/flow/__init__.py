@@ -1,17 +1,23 @@
 """What a flow is: paths, predictions, times, couplings, conditions, guidance, objectives, likelihood; `Flow`."""
 
-from pantarhei.flow import couplings, objectives, paths, predictions, sources, times
+from pantarhei.flow import couplings, interpolants, objectives, paths, predictions, sources, times
 from pantarhei.flow.closed_form import GaussianMixture, MixtureField
 from pantarhei.flow.conditions import Condition
 from pantarhei.flow.feature_jacobian import FeatureJacobian
+from pantarhei.flow.fields import Fields
 from pantarhei.flow.flow import Flow, evaluation_mode
+from pantarhei.flow.gammas import Gamma
 from pantarhei.flow.grids import make_grid
+from pantarhei.flow.interpolants import Interpolant
+from pantarhei.flow.interpolation import Interpolation
 from pantarhei.flow.likelihood import Likelihood, log_likelihood
 from pantarhei.flow.metrics import GradientPyramid, Perceptual, PseudoHuber, squared
+from pantarhei.flow.noise_amounts import fading, noise_amount
 from pantarhei.flow.nonparametric import EmpiricalField, NeighbourField
 from pantarhei.flow.objectives import FlowMatching, Objective, Term
+from pantarhei.flow.observations import Inpainting, Observation, Present, SuperResolution
 from pantarhei.flow.provenance import Provenance
-from pantarhei.flow.stochastic import fading, transport_sde
+from pantarhei.flow.stochastic import StiffNoise, transport_sde
 from pantarhei.flow.transforms import FieldTransform, Guidance, Stretched
 
 __all__ = [
@@ -19,25 +25,36 @@ __all__ = [
     "EmpiricalField",
     "FeatureJacobian",
     "FieldTransform",
+    "Fields",
     "Flow",
     "FlowMatching",
+    "Gamma",
     "GaussianMixture",
     "GradientPyramid",
     "Guidance",
+    "Inpainting",
+    "Interpolant",
+    "Interpolation",
     "Likelihood",
     "MixtureField",
     "NeighbourField",
     "Objective",
+    "Observation",
     "Perceptual",
+    "Present",
     "Provenance",
     "PseudoHuber",
+    "StiffNoise",
     "Stretched",
+    "SuperResolution",
     "Term",
     "couplings",
     "evaluation_mode",
     "fading",
+    "interpolants",
     "log_likelihood",
     "make_grid",
+    "noise_amount",
     "objectives",
     "paths",
     "predictions",

@@ -1,4 +1,4 @@
-"""Flows whose velocity, score and density are known: Gaussian mixtures at both ends, independently coupled.
+"""Flows whose fields and densities are known: Gaussian mixtures at both ends, with or without a latent between them.
 
 They test everything that is built on a learned field, and stand in for one: a `MixtureField` is a network for `Flow`.
 Source: Albergo et al. 2303.08797, appendix A; Liu et al. 2209.03003 for the linear path.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pantarhei.flow.fields import build_fields
+from pantarhei.flow.interpolants import Interpolant
 from pantarhei.flow.paths import AffinePath, Linear
 
 
@@ -55,7 +58,7 @@ class GaussianMixture:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density at x (B, D), shape (B,), by log-sum-exp."""
-        return torch.logsumexp(_log_components(x, self.means, self.covariances, self.weights.log()), dim=1)
+        return torch.logsumexp(_log_components(x, self.means, self.covariances, self.weights.log())[0], dim=1)
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws, (count, D)."""
@@ -66,12 +69,14 @@ class GaussianMixture:
 
 
 class MixtureField(nn.Module):
-    """The exact velocity of an affine path between two Gaussian mixtures: `field(x, t)` with x (B, D), t 0-d or (B,).
+    """The exact fields of a path between two Gaussian mixtures: `field(x, t)` with x (B, D), t 0-d or (B,).
 
     Args:
         target: law of x1.
         source: law of x0; N(0, I) by default.
-        path: the affine path; linear by default.
+        path: an affine path or an interpolant with a latent; linear by default.
+        cross: E[(x0 - m0)(x1 - m1)^T] (D, D) of correlated ends, for single Gaussians; independent by default.
+        predicts: the fields that `forward` stacks, like a network of `Flow(predicts=...)`: "velocity", "velocity+latent"...
     """
 
     log_weights: Tensor
@@ -79,60 +84,124 @@ class MixtureField(nn.Module):
     means1: Tensor
     covariances0: Tensor
     covariances1: Tensor
+    cross: Tensor
 
-    def __init__(self, target: GaussianMixture, source: GaussianMixture | None = None, path: AffinePath | None = None):
+    def __init__(
+        self,
+        target: GaussianMixture,
+        source: GaussianMixture | None = None,
+        path: AffinePath | Interpolant | None = None,
+        *,
+        cross: Tensor | None = None,
+        predicts: str = "velocity",
+    ):
         super().__init__()
         source = source or GaussianMixture.standard(target.dimension, target.means.dtype)
         self.target, self.source, self.path = target, source, path or Linear()
+        self.predicts = build_fields(predicts).names
         # One component a pair of modes (i of the source, j of the target).
         k0, k1 = len(source.weights), len(target.weights)
+        if cross is not None and (k0, k1, tuple(cross.shape)) != (1, 1, (target.dimension,) * 2):
+            raise ValueError("cross: correlated ends are single Gaussians with a (D, D) cross-covariance")
         pair = torch.cartesian_prod(torch.arange(k0), torch.arange(k1)).reshape(-1, 2)
         self.register_buffer("log_weights", source.weights[pair[:, 0]].log() + target.weights[pair[:, 1]].log())
         self.register_buffer("means0", source.means[pair[:, 0]])
         self.register_buffer("means1", target.means[pair[:, 1]])
         self.register_buffer("covariances0", source.covariances[pair[:, 0]])
         self.register_buffer("covariances1", target.covariances[pair[:, 1]])
-
-    def _components(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Means (.., K, D) and covariances (.., K, D, D) at t; with a leading B where t is (B,)."""
-        a, s = self.path.alpha(t)[..., None, None], self.path.sigma(t)[..., None, None]
-        means = s * self.means0 + a * self.means1
-        a, s = a[..., None], s[..., None]
-        return means, s**2 * self.covariances0 + a**2 * self.covariances1
-
-    def _responsible(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Responsibilities (B, K) and C^-1 (x - m), (B, K, D)."""
-        means, covariances = self._components(_one_time(t).to(x))
-        log_parts = _log_components(x, means, covariances, self.log_weights)
-        solved = torch.linalg.solve(covariances, (x[:, None] - means)[..., None])[..., 0]
-        return torch.softmax(log_parts, dim=1), solved
+        d = target.dimension
+        self.register_buffer("cross", torch.zeros(d, d).to(target.means) if cross is None else cross.to(target.means))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """E[dx_t/dt | x_t = x]."""
-        t = _one_time(t).to(x)
-        weights, solved = self._responsible(x, t)
-        a, s = self.path.alpha(t)[..., None, None], self.path.sigma(t)[..., None, None]
-        da, ds = self.path.alpha_dot(t)[..., None, None], self.path.sigma_dot(t)[..., None, None]
-        drift = ds * self.means0 + da * self.means1
-        half_rate = (s * ds)[..., None] * self.covariances0 + (a * da)[..., None] * self.covariances1
-        return torch.einsum("bk,bkd->bd", weights, drift + (half_rate @ solved[..., None])[..., 0])
+        """The fields named by `predicts`, stacked along dimension 1; E[dx_t/dt | x_t = x] by default."""
+        at = self._at(x, t)
+        return (
+            torch.cat([getattr(at, name) for name in self.predicts], dim=1) if len(self.predicts) > 1 else at.velocity
+        )
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         """grad log p_t(x), (B, D)."""
-        weights, solved = self._responsible(x, t)
-        return -torch.einsum("bk,bkd->bd", weights, solved)
+        return self._at(x, t).score
+
+    def latent(self, x: Tensor, t: Tensor) -> Tensor:
+        """E[z | x_t = x] of a path with a latent, (B, D)."""
+        return self._at(x, t).latent
+
+    def deterministic(self, x: Tensor, t: Tensor) -> Tensor:
+        """E[alpha' x1 + sigma' x0 | x_t = x], the velocity without the latent's motion, (B, D)."""
+        return self._at(x, t).deterministic
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
         """E[x1 | x_t = x], (B, D)."""
-        weights, solved = self._responsible(x, t)
-        a = self.path.alpha(_one_time(t).to(x))[..., None, None]
-        shift = a[..., None] * self.covariances1 @ solved[..., None]
-        return torch.einsum("bk,bkd->bd", weights, self.means1 + shift[..., 0])
+        return self._at(x, t).data
 
     def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
         """log p_t(x), (B,)."""
-        means, covariances = self._components(_one_time(t).to(x))
-        return torch.logsumexp(_log_components(x, means, covariances, self.log_weights), dim=1)
+        return self._at(x, t).log_prob
+
+    def _at(self, x: Tensor, t: Tensor) -> _Conditional:
+        return _Conditional(self, x, _one_time(t).to(x))
+
+
+class _Conditional:
+    """The Gaussian law of (x0, x1, z) given x_t = x, mode by mode: every field is a mean of it."""
+
+    def __init__(self, field: MixtureField, x: Tensor, t: Tensor):
+        path: Any = field.path
+        self._field = field
+        latent = isinstance(path, Interpolant)
+        ends = path.ends if latent else path
+
+        def shaped(value: Tensor) -> Tensor:
+            return value[..., None, None]  # to multiply (K, D)
+
+        self._a, self._s = shaped(ends.alpha(t)), shaped(ends.sigma(t))
+        self._da, self._ds = shaped(ends.alpha_dot(t)), shaped(ends.sigma_dot(t))
+        self._gamma = path.gamma.value(t) if latent else torch.zeros_like(t)
+        self._product = path.gamma.product(t) if latent else torch.zeros_like(t)
+        self._eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        self._means = self._s * field.means0 + self._a * field.means1
+        a, s = self._a[..., None], self._s[..., None]
+        both = field.cross + field.cross.T
+        self._covariances = s**2 * field.covariances0 + a**2 * field.covariances1 + a * s * both
+        self._covariances = self._covariances + (self._gamma**2)[..., None, None, None] * self._eye
+        parts, factor = _log_components(x, self._means, self._covariances, field.log_weights)
+        self.log_prob = torch.logsumexp(parts, dim=1)
+        self._weights = torch.softmax(parts, dim=1)
+        self._solved = torch.cholesky_solve((x[:, None] - self._means)[..., None], factor)
+
+    def _mean(self, constant: Tensor | float, with_x: Tensor) -> Tensor:
+        """E[y | x_t = x] from the means of y and its covariance with x_t, (..., K, D, D)."""
+        parts = constant + (with_x @ self._solved)[..., 0]
+        return torch.einsum("bk,bkd->bd", self._weights, parts)
+
+    @property
+    def score(self) -> Tensor:
+        return -torch.einsum("bk,bkd->bd", self._weights, self._solved[..., 0])
+
+    @property
+    def latent(self) -> Tensor:
+        return -self._gamma[..., None] * self.score
+
+    @property
+    def data(self) -> Tensor:
+        f = self._field
+        return self._mean(f.means1, self._a[..., None] * f.covariances1 + self._s[..., None] * f.cross.T)
+
+    @property
+    def deterministic(self) -> Tensor:
+        return self._rate(self._product * 0)
+
+    @property
+    def velocity(self) -> Tensor:
+        return self._rate(self._product)
+
+    def _rate(self, product: Tensor) -> Tensor:
+        f = self._field
+        a, s, da, ds = (value[..., None] for value in (self._a, self._s, self._da, self._ds))
+        with_x = s * ds * f.covariances0 + a * da * f.covariances1 + ds * a * f.cross + da * s * f.cross.T
+        drift = self._ds * f.means0 + self._da * f.means1
+        return self._mean(drift, with_x + product[..., None, None, None] * self._eye)
 
 
 def _one_time(t: Tensor) -> Tensor:
@@ -140,11 +209,11 @@ def _one_time(t: Tensor) -> Tensor:
     return t[0] if t.ndim and t.stride(0) == 0 else t
 
 
-def _log_components(x: Tensor, means: Tensor, covariances: Tensor, log_weights: Tensor) -> Tensor:
-    """log(w_k N(x; m_k, C_k)), (B, K); means and covariances may have a leading B."""
+def _log_components(x: Tensor, means: Tensor, covariances: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """log(w_k N(x; m_k, C_k)), (B, K), and the Cholesky factors; means and covariances may have a leading B."""
     factor = torch.linalg.cholesky(covariances)
     difference = (x[:, None] - means)[..., None]
     white = torch.linalg.solve_triangular(factor, difference, upper=False)[..., 0]
     log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
     d = x.shape[1]
-    return log_weights - 0.5 * white.square().sum(dim=-1) - log_det - 0.5 * d * math.log(2 * math.pi)
+    return log_weights - 0.5 * white.square().sum(dim=-1) - log_det - 0.5 * d * math.log(2 * math.pi), factor

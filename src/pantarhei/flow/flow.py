@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 from pantarhei.flow import paths, pretrained
 from pantarhei.flow.conditions import Condition, Null, as_condition
+from pantarhei.flow.fields import Fields, build_fields
+from pantarhei.flow.gammas import NoLatent
 from pantarhei.flow.grids import Grid, GridName, make_grid
+from pantarhei.flow.interpolants import Interpolant, build_interpolant
 from pantarhei.flow.likelihood import Divergence, Likelihood, log_likelihood
+from pantarhei.flow.noise_amounts import Epsilon
 from pantarhei.flow.paths import AffinePath, build_path
 from pantarhei.flow.predictions import Ends, Prediction, PredictionName, as_rows, build_prediction, check_times
 from pantarhei.flow.provenance import Provenance
 from pantarhei.flow.sources import SourceLaw, build_source
-from pantarhei.flow.stochastic import Epsilon, transport_sde
+from pantarhei.flow.stochastic import transport_sde
 from pantarhei.flow.transforms import FieldTransform, Guidance, TransformedField
 from pantarhei.solve import Solution, ode
 from pantarhei.solve.methods import MethodName, as_step
@@ -47,8 +51,9 @@ class Flow(nn.Module):
 
     Args:
         network: any module `network(x, t, **conditions)`; x (B, *shape), t (B,), output like x.
-        path: the path it was or will be trained on.
-        predicts: what its output means: "velocity", "data", "noise", "score", "edm" or a `Prediction`.
+        path: the path it was or will be trained on; an `Interpolant` has a latent noise.
+        predicts: what its output means: "velocity", "data", "noise", "score", "edm" or a `Prediction`; on an interpolant
+            the fields it stacks, such as "velocity+latent" (see `Fields`).
         source: law of x0; None is the standard normal, a tensor of samples is a data set.
         shape: shape of one sample in the flow's space (needed to sample without x0).
         null: for each condition, the value that means "no condition" (enables guidance and dropout).
@@ -66,7 +71,7 @@ class Flow(nn.Module):
         network: nn.Module,
         *,
         path: AffinePath | paths.Path | str | dict[str, Any] = "linear",
-        predicts: PredictionName | Prediction | dict[str, Any] = "velocity",
+        predicts: PredictionName | Prediction | str | dict[str, Any] = "velocity",
         source: SourceLaw | Tensor | dict[str, Any] | None = None,
         shape: Sequence[int] | None = None,
         null: Mapping[str, Null] | None = None,
@@ -79,22 +84,27 @@ class Flow(nn.Module):
         if not callable(network):
             raise TypeError(f"network: a module network(x, t, **conditions) is needed, got {type(network).__name__}")
         self.network = network
-        self.path: Any = build_path(path) if isinstance(path, (str, dict)) else path
-        self.prediction = build_prediction(predicts)
+        self.path: Any = _build_path(path)
+        latent = isinstance(self.path, Interpolant)
+        self.prediction: Any = build_fields(predicts) if latent else build_prediction(predicts)
         self.source: Any = build_source(source)
         self.shape = tuple(shape) if shape is not None else None
         self.null = dict(null or {})
         self.conditions = tuple(dict.fromkeys((*self.null, *conditions)))
         self.codec = codec
         self.provenance = provenance or Provenance()
-        if not isinstance(self.path, AffinePath) and self.prediction.spec()["name"] != "velocity":
-            raise ValueError("predicts: on a path that is not affine without latent noise only 'velocity' is defined")
+        if isinstance(self.prediction, Fields):
+            self.prediction.check(self.path)
+        elif not isinstance(self.path, AffinePath) and self.prediction.spec()["name"] != "velocity":
+            raise ValueError("predicts: on a path of your own only 'velocity' is defined")
         # Found once, as floats: a compiled sampler must not wait for tensors.
         self._interval, self._first_sigma, self._last_sigma = (0.0, 1.0), 1.0, 0.0
         if isinstance(self.path, AffinePath):
             self._interval = self.prediction.interval(self.path)
             ends = torch.tensor(self._interval, dtype=torch.float64)
             self._first_sigma, self._last_sigma = self.path.sigma(ends).tolist()
+        elif latent:
+            self._interval = self.prediction.interval(self.path)
         self._narrowed = interval is not None
         if interval is not None:
             (low, high), (first, last) = self._interval, (float(t) for t in interval)
@@ -124,7 +134,7 @@ class Flow(nn.Module):
     def spec(self) -> dict[str, Any]:
         """Everything but the network and the codec, as data (JSON/YAML)."""
         return {
-            "path": self.path.spec() if isinstance(self.path, AffinePath) else {"name": "custom"},
+            "path": self.path.spec() if hasattr(self.path, "spec") else {"name": "custom"},
             "predicts": self.prediction.spec(),
             "source": self.source.spec(),
             "shape": list(self.shape) if self.shape is not None else None,
@@ -202,7 +212,7 @@ class Flow(nn.Module):
 
     def velocity(self, x: Tensor, t: Tensor, condition: ConditionLike = None) -> Tensor:
         """dx/dt at (x, t): the field that sampling integrates. t is 0-d or (B,)."""
-        return self.prediction.velocity(self.path, x, t, self.output(x, t, condition))
+        return self.prediction.velocity(self.path, x, t, self.output(x, t, condition), **self._start(condition))
 
     def ends(self, x: Tensor, t: Tensor, condition: ConditionLike = None) -> Ends:
         """E[x1 | x_t] and E[x0 | x_t] as the network has them.
@@ -211,7 +221,7 @@ class Flow(nn.Module):
             ValueError: for a t outside the prediction's valid interval.
         """
         check_times(self.interval, t, self.prediction.spec()["name"])
-        return self.prediction.ends(self.path, x, t, self.output(x, t, condition))
+        return self.prediction.ends(self.path, x, t, self.output(x, t, condition), **self._start(condition))
 
     def denoise(self, x: Tensor, t: Tensor, condition: ConditionLike = None) -> Tensor:
         """E[x1 | x_t]."""
@@ -221,18 +231,37 @@ class Flow(nn.Module):
         """E[x0 | x_t]."""
         return self.ends(x, t, condition).noise
 
-    def score(self, x: Tensor, t: Tensor, condition: ConditionLike = None) -> Tensor:
-        """grad log p_t(x) = -E[x0 | x_t] / sigma.
+    def latent(self, x: Tensor, t: Tensor, condition: ConditionLike = None) -> Tensor:
+        """E[z | x_t] of the latent z of a stochastic interpolant.
 
         Raises:
-            ValueError: where the source is not Gaussian or noise and data are not independent (after reflow, say), with
-                the reason; and where sigma(t) is 0.
+            ValueError: the path has no latent, or the network's fields do not determine it.
+        """
+        if not isinstance(self.path, Interpolant):
+            raise ValueError("latent: the path of this flow has no latent noise")
+        return self.prediction.latent(self.path, x, t, self.output(x, t, condition), **self._start(condition))
+
+    def score(self, x: Tensor, t: Tensor, condition: ConditionLike = None) -> Tensor:
+        """grad log p_t(x): -E[x0 | x_t] / sigma, or -E[z | x_t] / gamma on a path with a latent.
+
+        Raises:
+            ValueError: where it is not known (after reflow, say), with the reason; and where sigma(t), or gamma(t), is 0.
         """
         self.require_score()
-        sigma = self.path.at(t, x).sigma
-        if bool((sigma <= 0).any()):
-            raise ValueError("t: the score is unbounded where sigma(t) = 0; take t below 1")
-        return -self.noise(x, t, condition) / sigma
+        latent = isinstance(self.path, Interpolant)
+        c = self.path.at(t, x)
+        level = c.gamma if latent else c.sigma
+        if bool((level <= 0).any()):
+            raise ValueError(
+                f"t: the score is unbounded where {'gamma' if latent else 'sigma'}(t) = 0; keep away from there"
+            )
+        return -(self.latent if latent else self.noise)(x, t, condition) / level
+
+    def _start(self, condition: ConditionLike) -> dict[str, Tensor]:
+        """x0, where the network was given it as a condition."""
+        name = getattr(self.prediction, "start", "")
+        named = as_condition(condition, self.null) if name else None
+        return {} if named is None else {"x0": named[name]}
 
     def field(self, guidance: float | Guidance = 1.0, transforms: Sequence[FieldTransform] = ()) -> TransformedField:
         """The sampled field `f(x, t, condition)`: the velocity under guidance, then under `transforms`, in order."""
@@ -316,7 +345,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
         final: Literal["auto", "denoise", "state"] = "auto",
         decode: bool = True,
-        epsilon: Epsilon | None = None,
+        epsilon: Epsilon | Literal["trained"] | None = None,
         **options: Any,
     ) -> Tensor:
         """Draw samples: x0 from the source, carried to the data end.
@@ -329,8 +358,9 @@ class Flow(nn.Module):
             final: "denoise" ends with one more evaluation, E[x1 | x]; "state" does not; "auto" does so where noise is
                 left at the end of the interval (VE, EDM, VP; a data prediction).
             decode: pass the result through the codec.
-            epsilon: sample the SDE with this much noise (a number or a function of t) instead of the ODE; see
-                `transport_sde`. `generator` draws its noise too.
+            epsilon: sample the SDE with this much noise (a number or a function of t) instead of the ODE, with the options
+                of `transport_sde`; `generator` draws its noise too. A flow that predicts a drift has no ODE at its point
+                source: its default is "trained".
             options: `steps=50`, `method="euler"`, `grid`, `shift`, `guidance`, hooks: see `transport`.
 
         Returns:
@@ -342,6 +372,8 @@ class Flow(nn.Module):
         elif count is not None and count != x0.shape[0]:
             raise ValueError(f"count: {count} samples asked, but x0 has {x0.shape[0]} rows")
         x = self._first_sigma * x0
+        if epsilon is None and getattr(self.prediction, "names", ()) == ("drift",):
+            epsilon = "trained"
         with evaluation_mode(self.network):
             if epsilon is None:
                 x = self.transport(x, (low, high), condition=condition, **options).x
@@ -456,13 +488,24 @@ class Flow(nn.Module):
         Raises:
             ValueError: noise and data are not independent, the source is not Gaussian, or the path is not affine.
         """
-        reason = self.provenance.why_not_marginal()
-        if reason is None and not getattr(self.source, "gaussian", False):
-            reason = "its source is not Gaussian"
-        if reason is None and not isinstance(self.path, AffinePath):
+        reason: str | None
+        if isinstance(self.path, Interpolant):  # the latent is independent of the pair, whatever the coupling
+            known = self.prediction.score_known and not isinstance(self.path.gamma, NoLatent)
+            reason = None if known else "its network was not trained for it; train with predicts='velocity+latent'"
+        elif not isinstance(self.path, AffinePath):
             reason = "its path is not affine"
+        else:
+            reason = self.provenance.why_not_marginal()
+            if reason is None and not getattr(self.source, "gaussian", False):
+                reason = "its source is not Gaussian"
         if reason:
             raise ValueError(f"the score of this flow is not known: {reason}")
+
+
+def _build_path(path: Any) -> Any:
+    if isinstance(path, dict) and path.get("name") == "interpolant":
+        return build_interpolant(path)
+    return build_path(path) if isinstance(path, (str, dict)) else path
 
 
 @contextmanager

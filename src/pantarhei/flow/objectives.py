@@ -11,7 +11,9 @@ from torch import Tensor
 
 from pantarhei.flow.conditions import Condition
 from pantarhei.flow.couplings import Coupling, Independent
+from pantarhei.flow.interpolants import Interpolant
 from pantarhei.flow.metrics import Premetric, squared
+from pantarhei.flow.observations import Observation
 from pantarhei.flow.predictions import Velocity, as_rows
 from pantarhei.flow.times import TimeLaw, Uniform
 
@@ -107,6 +109,7 @@ class FlowMatching:
         coupling: who x0 is paired with.
         dropout: probability with which a row's condition is replaced by null (for classifier-free guidance).
         stratified: spread the batch's times evenly over the law.
+        observation: what is known of the data, which becomes a condition.
     """
 
     times: TimeLaw = field(default_factory=Uniform)
@@ -114,6 +117,7 @@ class FlowMatching:
     coupling: Coupling = field(default_factory=Independent)
     dropout: float = 0.0
     stratified: bool = False
+    observation: Observation | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -123,14 +127,12 @@ class FlowMatching:
 
     def draw(self, flow: Flow, batch: Mapping[str, Tensor], generator: torch.Generator | None) -> Draw:
         """Times, pairs and conditions of one batch."""
-        x1 = flow.encode(batch["x1"])
-        condition = flow.condition_in(batch)
-        x0 = self.coupling({**batch, "x1": x1}, flow.source, condition, generator)
-        t = batch["t"] if "t" in batch else self._times(flow, x1, generator)
-        if condition is not None and self.dropout > 0:
-            chance = torch.rand(x1.shape[0], generator=generator, device=x1.device)
-            condition = condition.drop(chance < self.dropout)
-        x_t, velocity = flow.path.sample(x0, x1, None, t)
+        batch, x0, x1, condition = draw_pairs(flow, batch, self.coupling, self.observation, generator)
+        low, high = flow.interval
+        t = batch["t"] if "t" in batch else draw_times(self.times, x1, (low, high), self.stratified, generator)
+        condition = drop_conditions(condition, self.dropout, x1, generator)
+        z = torch.randn(x1.shape, generator=generator, device=x1.device, dtype=x1.dtype) if has_latent(flow) else None
+        x_t, velocity = flow.path.sample(x0, x1, z, t)
         return Draw(x0, x1, t, x_t, velocity, condition, batch)
 
     def rows(
@@ -150,8 +152,41 @@ class FlowMatching:
         parts = {name: value.detach() for name, value in values} if len(values) > 1 else {}
         return total, {"loss": total.detach(), **parts}
 
-    def _times(self, flow: Flow, x1: Tensor, generator: torch.Generator | None) -> Tensor:
-        dtype = x1.dtype if x1.dtype in (torch.float32, torch.float64) else torch.float32
-        drawn = self.times.sample(x1.shape[0], generator, stratified=self.stratified, dtype=dtype, device=x1.device)
-        low, high = flow.interval
-        return drawn if (low, high) == (0.0, 1.0) else low + (high - low) * drawn
+
+def draw_pairs(
+    flow: Flow,
+    batch: Mapping[str, Tensor],
+    coupling: Coupling,
+    observation: Observation | None,
+    generator: torch.Generator | None,
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Condition | None]:
+    """The batch with what is observed of it, x0, x1 in the flow's space, and the condition."""
+    batch = {**batch, "x1": flow.encode(batch["x1"])}
+    if observation is not None:
+        batch.update(observation.observe(batch, generator))
+    condition = flow.condition_in(batch)
+    return batch, coupling(batch, flow.source, condition, generator), batch["x1"], condition
+
+
+def draw_times(
+    law: TimeLaw, x1: Tensor, interval: tuple[float, float], stratified: bool, generator: torch.Generator | None
+) -> Tensor:
+    """One time a row, the law stretched to an interval."""
+    dtype = x1.dtype if x1.dtype in (torch.float32, torch.float64) else torch.float32
+    drawn = law.sample(x1.shape[0], generator, stratified=stratified, dtype=dtype, device=x1.device)
+    low, high = interval
+    return drawn if (low, high) == (0.0, 1.0) else low + (high - low) * drawn
+
+
+def drop_conditions(
+    condition: Condition | None, dropout: float, x1: Tensor, generator: torch.Generator | None
+) -> Condition | None:
+    """Conditions with rows replaced by null, each with probability `dropout`."""
+    if condition is None or not dropout:
+        return condition
+    return condition.drop(torch.rand(x1.shape[0], generator=generator, device=x1.device) < dropout)
+
+
+def has_latent(flow: Flow) -> bool:
+    """Whether the flow's path has a latent noise."""
+    return isinstance(flow.path, Interpolant)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pantarhei.data.sources import Source
 from pantarhei.flow.conditions import Condition
+from pantarhei.flow.observations import OBSERVATIONS, build_observation
 
 
 class SourceLaw(Protocol):
@@ -82,6 +83,33 @@ class Samples:
         return {"name": "samples", "count": len(self.samples), **name}
 
 
+class Density:
+    """x0 drawn from a law that can be drawn from and evaluated, such as a `GaussianMixture`.
+
+    Args:
+        law: with `sample(count, generator)` and `log_prob(x)`.
+    """
+
+    gaussian = False
+
+    def __init__(self, law: Any):
+        self.law = law
+
+    def draw(
+        self, shape: Sequence[int], like: Tensor, condition: Condition | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Independent draws."""
+        return self.law.sample(shape[0], generator).to(like)
+
+    def log_prob(self, x0: Tensor) -> Tensor:
+        """Log density, (B,), in float64."""
+        return self.law.log_prob(x0).double()
+
+    def spec(self) -> dict[str, Any]:
+        """A law is not saved with a flow; the spec only says that it was there."""
+        return {"name": "density", "of": type(self.law).__name__}
+
+
 class Absent:
     """The source of a saved flow that starts from samples, which are not saved with it: only given x0 can be carried."""
 
@@ -109,9 +137,12 @@ class Absent:
 
 
 def build_source(spec: Any) -> SourceLaw:
-    """A source law from its spec, from samples (a tensor or a data source), or itself; None is the standard normal."""
+    """A source law from its spec, from samples (a tensor or a data source), from a density with `sample` and `log_prob`, or
+    itself; None is the standard normal."""
     if spec is None or (isinstance(spec, dict) and spec["name"] == "normal"):
         return StandardNormal()
     if isinstance(spec, dict):
-        return Absent(spec)
-    return Samples(spec) if isinstance(spec, (Tensor, Source)) else spec
+        return build_observation(spec) if spec["name"] in OBSERVATIONS else Absent(spec)
+    if isinstance(spec, (Tensor, Source)):
+        return Samples(spec)
+    return spec if hasattr(spec, "draw") else Density(spec)

@@ -1,44 +1,57 @@
-"""A velocity field with the right amount of noise: the SDEs that share the marginals of a flow's ODE.
+"""The SDEs that share the marginals of a flow's ODE, with any amount of noise.
 
-dX = (v + epsilon s) dt + sqrt(2 epsilon) dW, with s the score, has the marginals of dX = v dt for every epsilon(t) >= 0
-(Albergo et al. 2303.08797, theorem 2.8; Song et al. 2011.13456). On the linear path s = -(x - t v) / (1 - t), a formula that
-holds for independent noise and data only; after reflow there is no such SDE.
+dX = (v + epsilon s) dt + sqrt(2 epsilon) dW, with s the score, has the marginals of dX = v dt for every epsilon(t) >= 0;
+from the data end down, dX = (v - epsilon s) dt + sqrt(2 epsilon) dW does (Albergo et al. 2303.08797, theorem 2.8; Song et
+al. 2011.13456). The score comes from the noise x0 where that is Gaussian and independent of the data, or from a latent.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+import warnings
+from bisect import bisect
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from pantarhei.flow.conditions import as_condition
 from pantarhei.flow.grids import make_grid
+from pantarhei.flow.interpolants import Interpolant
+from pantarhei.flow.noise_amounts import Epsilon
 from pantarhei.flow.predictions import Velocity
+from pantarhei.flow.transforms import TransformedField
+from pantarhei.naming import unknown
 from pantarhei.solve import Solution, ode, sde
+from pantarhei.solve.sde import SDEMethodName
 
 if TYPE_CHECKING:
     from pantarhei.flow.flow import ConditionLike, Flow
     from pantarhei.flow.transforms import FieldTransform, Guidance
 
-Epsilon = float | Callable[[float], float]
+LastStep = Literal["mean", "euler", "heun", "denoise"]
+# Below this noise level an end counts as clean: the score is unbounded there.
+CLEAN = 1e-6
 
 
-def fading(scale: float) -> Callable[[float], float]:
-    """epsilon(t) = scale (1 - t)^2 / 2: noise that dies out towards the data, where the score is largest."""
-    return lambda t: 0.5 * scale * (1 - t) ** 2
+class StiffNoise(UserWarning):
+    """The steps are too long for the noise."""
 
 
 def transport_sde(
     flow: Flow,
     x: Tensor,
     times: Sequence[float],
-    epsilon: Epsilon,
+    epsilon: Epsilon | Literal["trained"],
     *,
     steps: int | Sequence[float] = 100,
-    method: Any = "euler_maruyama",
+    method: SDEMethodName = "euler_maruyama",
+    cap: float | None = 0.5,
+    last: LastStep | None = None,
+    last_step: float | None = None,
+    noise: Sequence[Tensor] | Tensor | None = None,
     grid: Any = "uniform",
     shift: float = 1.0,
     condition: ConditionLike = None,
@@ -49,71 +62,199 @@ def transport_sde(
 ) -> Solution:
     """Carry states from `times[0]` to `times[1]` with noise, either way; both directions keep the flow's marginals.
 
-    The score is unbounded where sigma vanishes. A step that touches such an end is one of the plain ODE (Heun, or Euler
-    where the field must not be evaluated at the end).
+    The score is unbounded where the noise level (sigma, or gamma on a path with a latent) vanishes: a step that starts at
+    such an end is an Euler step of the plain ODE, and one that ends there is `last`.
 
     Args:
-        flow: with independent Gaussian noise.
+        flow: with a known score (`Flow.require_score`).
         x: states at `times[0]`, (B, *shape).
         times: first and last time, inside the flow's interval.
-        epsilon: a number, or a function of the time; 0 is the ODE.
+        epsilon: a number, or a function of the time (`noise_amount`); 0 is the ODE. "trained": what a flow that predicts a
+            drift was trained with (it then needs no score).
         steps: number of steps, or a whole grid.
-        method: of `solve.sde`.
+        method: of `solve.sde`: "euler_maruyama", "heun", or "noised_heun", which is SiT's.
+        cap: epsilon is lowered where epsilon dt / gamma^2 would exceed this: the score may be as steep as 1 / gamma^2, and
+            explicit steps overshoot above 1 (any epsilon keeps the marginals, so that only the noise near clean ends
+            changes). None leaves it, and warns (`StiffNoise`) where 1 is exceeded.
+        last: the step that ends at a clean end: "mean" (drift without noise), "euler" or "heun" of the ODE, or "denoise",
+            E[x1 | x_t] (E[x0 | x_t] backwards), which is also Tweedie's formula. Where it is given, the last step is of this
+            kind at any noise level; otherwise it is "mean" at a clean end.
+        last_step: its length; the others then share the rest evenly.
+        noise: unit normal draws to use, one each noisy step.
         grid, shift: spacing of the steps, see `make_grid`.
-        condition, guidance, transforms: what changes the field; the score belongs to the changed field.
+        condition, guidance, transforms: what changes the field (on a path with a latent, all stacked fields of the network's
+            output); the score belongs to the changed field.
         generator: draws the noise.
         hooks: `before_step`, `after_step`, `observe`.
 
     Raises:
-        ValueError: the flow's score is not known (its reason is given), or epsilon is negative.
+        ValueError: the flow's score is not known (its reason is given), epsilon is negative, or options do not fit.
     """
-    flow.require_score()
-    first, last = float(times[0]), float(times[-1])
-    named = as_condition(condition, flow.null, x.shape[0])
-    named = None if named is None else named.to(x.device)
-    field = flow.field(guidance, transforms)
-    forward = last > first
-    if isinstance(steps, int):
-        nodes = list(make_grid(steps, (min(first, last), max(first, last)), kind=grid, shift=shift, path=flow.path))
-        nodes = nodes if forward else nodes[::-1]
-    else:
-        nodes = [float(t) for t in steps]
-    sign = 1.0 if forward else -1.0
-
-    def amount(t: float) -> float:
-        value = float(epsilon(t)) if callable(epsilon) else float(epsilon)
-        if not value >= 0:
-            raise ValueError(f"epsilon: must not be negative, got {value} at t = {t:g}")
-        return value
-
-    def drift(x: Tensor, t: Tensor, named: Any = None) -> Tensor:
-        velocity = field(x, t, named)
-        noise = Velocity().ends(flow.path, x, t, velocity).noise
-        return velocity - sign * amount(float(t)) / flow.path.at(t, x).sigma * noise
-
-    ends = torch.tensor([nodes[0], nodes[-1]], dtype=torch.float64)
-    clean = (flow.path.sigma(ends) < 1e-6).tolist()
-    inner = nodes[1 if clean[0] else 0 : len(nodes) - 1 if clean[1] else len(nodes)]
-    evaluations, options = 0, {"condition": named, **hooks}
+    if last is not None and last not in get_args(LastStep):
+        raise ValueError(unknown("last", last, get_args(LastStep)))
+    equation = _Equation(flow, epsilon, x, condition, guidance, transforms)
+    nodes = _nodes(flow, (float(times[0]), float(times[-1])), steps, last_step, grid, shift)
+    equation.place(nodes, cap)
+    clean = [equation.level(nodes[0]) < CLEAN and not equation.direct, equation.level(nodes[-1]) < CLEAN]
+    closing = clean[1] or last is not None or last_step is not None
+    inner = nodes[1 if clean[0] else 0 : len(nodes) - 1 if closing else len(nodes)]
+    if cap is None and not equation.direct:
+        _check_stiffness(equation, inner, method)
+    options = {"condition": equation.condition, **hooks}
+    evaluations = 0
     if clean[0]:
-        opening = ode(field, x, nodes[:2], method="euler", steps=1, **options)
+        opening = ode(equation.velocity, x, nodes[:2], method="euler", steps=1, **options)
         x, evaluations = opening.x, opening.evaluations
     if len(inner) > 1:
-        solution = sde(
-            drift,
-            lambda t: math.sqrt(2 * amount(t)),
+        noisy: Any = sde(
+            equation.drift,
+            lambda t: math.sqrt(2 * equation.amount(t)),
             x,
             (inner[0], inner[-1]),
             steps=inner,
             method=method,
+            noise=noise,
             generator=generator,
             **options,
         )
-        x, evaluations = solution.x, evaluations + solution.evaluations
-    if clean[1]:
-        closing = ode(
-            field, x, nodes[-2:], method="heun" if flow.interval[1] >= nodes[-1] else "euler", steps=1, **options
+        x, evaluations = noisy.x, evaluations + noisy.evaluations
+    if closing and len(nodes) > len(inner):
+        x, calls = _close(equation, x, nodes[-2:], last, options)
+        evaluations += calls
+    return Solution(
+        x, (nodes[0], nodes[-1]), torch.stack([x]), evaluations, evaluations * x.shape[0], len(nodes) - 1, 0
+    )
+
+
+class _Equation:
+    """Velocity, latent and drift of a flow at (x, t), from one call of its network."""
+
+    def __init__(
+        self, flow: Flow, epsilon: Any, x: Tensor, condition: Any, guidance: Any, transforms: Sequence[FieldTransform]
+    ):
+        self.flow, self.forward, self.path = flow, True, flow.path
+        self.latent_path = isinstance(flow.path, Interpolant)
+        names = getattr(flow.prediction, "names", ())
+        trained = flow.prediction.trained_epsilon(flow.path) if "drift" in names else None
+        if epsilon == "trained" and trained is None:
+            raise ValueError("epsilon: 'trained' is for flows that predict a drift; give a number or a function of t")
+        # A drift with its own noise is used as it is, and exists also where the score does not.
+        self.direct = epsilon == "trained"
+        self._epsilon: Any = trained if self.direct else epsilon
+        if not self.direct:
+            flow.require_score()
+        named = as_condition(condition, flow.null, x.shape[0])
+        self.condition = None if named is None else named.to(x.device)
+        # On a path with a latent the network's stacked fields are transformed together.
+        plain = flow.field(guidance, transforms)
+        self._field = TransformedField(flow.output, plain.transforms) if self.latent_path else plain
+
+    def place(self, nodes: Sequence[float], cap: float | None) -> None:
+        """Tell it its steps, which decide the direction, and where epsilon is capped."""
+        self.forward = nodes[-1] > nodes[0]
+        self._nodes, self._cap = sorted(nodes), None if self.direct else cap
+
+    def amount(self, t: float) -> float:
+        """epsilon(t), capped."""
+        value = float(self._epsilon(t)) if callable(self._epsilon) else float(self._epsilon)
+        if not value >= 0:
+            raise ValueError(f"epsilon: must not be negative, got {value} at t = {t:g}")
+        if self._cap is None:
+            return value
+        i = min(max(bisect(self._nodes, t), 1), len(self._nodes) - 1)
+        return min(value, self._cap * self.level(t) ** 2 / (self._nodes[i] - self._nodes[i - 1]))
+
+    def level(self, t: float) -> float:
+        """The noise level: sigma, or gamma."""
+        moment = torch.tensor(t, dtype=torch.float64)
+        return float(self.path.gamma.value(moment) if self.latent_path else self.path.sigma(moment))
+
+    def estimates(self, x: Tensor, t: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        """The velocity, and the expected noise given x_t."""
+        value = self._field(x, t, condition)
+        if not self.latent_path:
+            return value, Velocity().ends(self.path, x, t, value).noise
+        known = self._known(condition)
+        prediction = self.flow.prediction
+        return (
+            prediction.velocity(self.path, x, t, value, **known),
+            prediction.latent(self.path, x, t, value, **known),
         )
-        x, evaluations = closing.x, evaluations + closing.evaluations
-    xs = torch.stack([x])
-    return Solution(x, (first, last), xs, evaluations, evaluations * x.shape[0], len(nodes) - 1, 0)
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        """The velocity."""
+        value = self._field(x, t, condition)
+        if not self.latent_path:
+            return value
+        return self.flow.prediction.velocity(self.path, x, t, value, **self._known(condition))
+
+    def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        """v + epsilon s where time rises, v - epsilon s where it falls."""
+        if self.direct:
+            return self.flow.prediction.split(self._field(x, t, condition))["drift"]
+        velocity, latent = self.estimates(x, t, condition)
+        moment = float(t)
+        amount = self.amount(moment)
+        factor = amount / self.level(moment) if amount else 0.0
+        return torch.add(velocity, latent, alpha=-factor if self.forward else factor)
+
+    def ends(self, x: Tensor, t: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        """E[x1 | x_t] and E[x0 | x_t]."""
+        value = self._field(x, t, condition)
+        if not self.latent_path:
+            return Velocity().ends(self.path, x, t, value)
+        return self.flow.prediction.ends(self.path, x, t, value, **self._known(condition))
+
+    def _known(self, condition: Any) -> dict[str, Tensor]:
+        name = getattr(self.flow.prediction, "start", "")
+        return {"x0": condition[name]} if name else {}
+
+
+def _nodes(
+    flow: Flow, ends: tuple[float, float], steps: Any, last_step: float | None, grid: Any, shift: float
+) -> list[float]:
+    first, end = ends
+    if not isinstance(steps, int):
+        if last_step is not None:
+            raise ValueError("last_step: goes with a number of steps; a whole grid contains its last step")
+        return [float(t) for t in steps]
+    if last_step is not None and not (steps > 1 and 0 < last_step < abs(end - first)):
+        raise ValueError(f"last_step: must be shorter than the interval, with two steps or more, got {last_step}")
+    away = 0.0 if last_step is None else last_step
+    stop = end - away if end > first else end + away
+    path = flow.path.ends if isinstance(flow.path, Interpolant) else flow.path
+    count = steps if last_step is None else steps - 1
+    nodes = list(make_grid(count, (min(first, stop), max(first, stop)), kind=grid, shift=shift, path=path))
+    nodes = nodes if end > first else nodes[::-1]
+    return nodes if last_step is None else [*nodes, end]
+
+
+def _check_stiffness(equation: _Equation, nodes: Sequence[float], method: str) -> None:
+    """Warn where explicit steps overshoot: the score may be as steep as 1 / gamma^2."""
+    worst, where = 0.0, 0.0
+    for t, end in pairwise(nodes):
+        for moment in (t, end) if method != "euler_maruyama" else (t,):
+            level = max(equation.level(moment), 1e-12)
+            ratio = equation.amount(moment) * abs(end - t) / level**2
+            if ratio > worst:
+                worst, where = ratio, moment
+    if worst > 1:
+        warnings.warn(
+            f"epsilon dt / gamma^2 reaches {worst:.3g} at t = {where:.3g}: {method} steps overshoot above 1; take more "
+            "steps, less noise there, a longer last_step, or cap=0.5",
+            StiffNoise,
+            stacklevel=3,
+        )
+
+
+def _close(
+    equation: _Equation, x: Tensor, times: Sequence[float], last: LastStep | None, options: dict[str, Any]
+) -> tuple[Tensor, int]:
+    kind = last or "mean"
+    field: Any = equation.drift if kind == "mean" else equation.velocity
+    if kind == "denoise":
+        t = x.new_full((), times[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        data, source = equation.ends(x, t, equation.condition)
+        return (data if equation.forward else source), 1
+    solution = ode(field, x, tuple(times), method="heun" if kind == "heun" else "euler", steps=1, **options)
+    return solution.x, solution.evaluations

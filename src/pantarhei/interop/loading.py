@@ -7,16 +7,15 @@ from typing import Any, Literal
 
 from torch import nn
 
-from pantarhei.data.pickles import load_weights as read_weights
 from pantarhei.files import read_json, read_tensors
 from pantarhei.flow import Flow
 from pantarhei.flow.pretrained import SPEC, build_network, from_pretrained, load_weights
-from pantarhei.interop import score_sde
+from pantarhei.interop import score_sde, sit
 from pantarhei.training import checkpoints
 from pantarhei.training.runs import CONFIG, Run
 
 # Whose files are known: name, `recognise(content)`, `read(path, content, averaged=, **overrides)`.
-READERS = {"score_sde (rectified flow)": score_sde}
+READERS: dict[str, Any] = {"score_sde (rectified flow)": score_sde, "SiT": sit}
 
 
 def load(
@@ -31,12 +30,12 @@ def load(
 
     Args:
         where: a run folder, a folder written by `Flow.save_pretrained`, or a checkpoint file of the rectified flow
-            authors (`.pth`, or its weights as safetensors).
+            authors (`.pth`) or of SiT (`.pt`); either's weights may also be safetensors.
         network: needed where the network is not one of ours; the weights are loaded into it.
         checkpoint: of a run: the newest, the best by validation, or an iteration.
         averaged: take the moving average where there is one.
         overrides: what a saved flow cannot hold (source, path, codec); of a file, what it does not say (`rectified`,
-            `size`: see `interop.score_sde.read`).
+            `size`, `heads`: see `interop.score_sde.read` and `interop.sit.read`).
 
     Raises:
         FileNotFoundError: there is nothing to load, or no such checkpoint.
@@ -67,7 +66,7 @@ def load(
 
 
 def _read_file(path: Path, **options: Any) -> Flow:
-    content = read_weights(path)
+    content = sit.load_content(path)
     for reader in READERS.values():
         if reader.recognise(content):
             return reader.read(path, content, **options)

@@ -1,6 +1,7 @@
-"""Distances between sets, feature extractors, fidelity, diversity, memorisation, and intervals for all of them."""
+"""Distances between sets, scores of ensembles, features, fidelity, diversity, memorisation, and intervals for all."""
 
 from pantarhei.metrics.classifier import ClassifierFeatures, SmallClassifier, train_classifier
+from pantarhei.metrics.ensembles import crps, energy_score, rank_histogram, spread_skill
 from pantarhei.metrics.features import FeatureExtractor, extract
 from pantarhei.metrics.frechet import frechet_distance, moments
 from pantarhei.metrics.inception import InceptionFeatures, InceptionV3
@@ -28,8 +29,10 @@ __all__ = [
     "SmallClassifier",
     "bootstrap",
     "c2st",
+    "crps",
     "density_coverage",
     "energy_distance",
+    "energy_score",
     "evaluate_sets",
     "extract",
     "frechet_distance",
@@ -41,8 +44,10 @@ __all__ = [
     "nearest_neighbours",
     "permutation_test",
     "precision_recall",
+    "rank_histogram",
     "sliced_wasserstein",
     "spread",
+    "spread_skill",
     "train_classifier",
     "wasserstein",
 ]

@@ -11,10 +11,24 @@ from torch import nn
 from pantarhei.naming import build as _build
 from pantarhei.networks.mlp import MLP, MLPConfig
 from pantarhei.networks.ncsnpp import NCSNpp, NCSNppConfig
+from pantarhei.networks.pair import Pair, PairConfig
+from pantarhei.networks.sit import SiT, SiTConfig
 from pantarhei.networks.unet import UNet, UNetConfig
 
-CONFIGS: dict[str, type[Any]] = {"unet": UNetConfig, "ncsnpp": NCSNppConfig, "mlp": MLPConfig}
-NETWORKS: dict[type[Any], type[nn.Module]] = {UNetConfig: UNet, NCSNppConfig: NCSNpp, MLPConfig: MLP}
+CONFIGS: dict[str, type[Any]] = {
+    "unet": UNetConfig,
+    "ncsnpp": NCSNppConfig,
+    "mlp": MLPConfig,
+    "sit": SiTConfig,
+    "pair": PairConfig,
+}
+NETWORKS: dict[type[Any], type[nn.Module]] = {
+    UNetConfig: UNet,
+    NCSNppConfig: NCSNpp,
+    MLPConfig: MLP,
+    SiTConfig: SiT,
+    PairConfig: Pair,
+}
 
 
 def build(spec: Mapping[str, Any]) -> nn.Module:
@@ -36,4 +50,17 @@ def spec_of(network: nn.Module) -> dict[str, Any] | None:
     return {"name": name, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}}
 
 
-__all__ = ["MLP", "MLPConfig", "NCSNpp", "NCSNppConfig", "UNet", "UNetConfig", "build", "spec_of"]
+__all__ = [
+    "MLP",
+    "MLPConfig",
+    "NCSNpp",
+    "NCSNppConfig",
+    "Pair",
+    "PairConfig",
+    "SiT",
+    "SiTConfig",
+    "UNet",
+    "UNetConfig",
+    "build",
+    "spec_of",
+]

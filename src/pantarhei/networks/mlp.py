@@ -20,6 +20,7 @@ class MLPConfig:
         layers: number of hidden layers.
         classes: number of classes, 0 for none; index `classes` is the null class.
         vector: width of a conditioning vector, 0 for none.
+        fields: how many fields of the points' dimension are predicted, stacked along dimension 1.
     """
 
     dimension: int = 2
@@ -27,14 +28,15 @@ class MLPConfig:
     layers: int = 3
     classes: int = 0
     vector: int = 0
+    fields: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.dimension, self.width, self.layers) < 1:
-            raise ValueError(f"network: dimension, width and layers must be at least 1, got {self}")
+        if min(self.dimension, self.width, self.layers, self.fields) < 1:
+            raise ValueError(f"network: dimension, width, layers and fields must be at least 1, got {self}")
 
 
 class MLP(nn.Module):
-    """`forward(x, t, label=None, vector=None)`: points (B, D) to (B, D), t (B,) in [0, 1].
+    """`forward(x, t, label=None, vector=None)`: points (B, D) to (B, fields * D), t (B,) in [0, 1].
 
     The time enters as itself and as an embedding that is added to the first hidden layer.
     """
@@ -51,7 +53,7 @@ class MLP(nn.Module):
         for _ in range(config.layers - 1):
             hidden += [nn.SiLU(), nn.Linear(width, width)]
         self.hidden = nn.Sequential(*hidden, nn.SiLU())
-        self.outputs = nn.Linear(width, config.dimension)
+        self.outputs = nn.Linear(width, config.fields * config.dimension)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
         """The network's output at (x, t) under its conditions."""

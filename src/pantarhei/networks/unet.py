@@ -30,6 +30,8 @@ class UNetConfig:
         classes: number of classes, 0 for none; index `classes` is the null class.
         vector: width of a conditioning vector, 0 for none (null: zeros).
         dropout: in the residual blocks.
+        context: channels of an image of the same size that the network is given beside x, 0 for none (null: zeros).
+        fields: how many fields like x are predicted, stacked along dimension 1.
     """
 
     channels: int = 3
@@ -40,13 +42,17 @@ class UNetConfig:
     classes: int = 0
     vector: int = 0
     dropout: float = 0.0
+    context: int = 0
+    fields: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         if not isinstance(self.blocks, int):
             object.__setattr__(self, "blocks", tuple(self.blocks))
-        if self.channels < 1 or self.width < 8 or self.width % 8 or not self.multipliers:
-            raise ValueError(f"network: channels >= 1, width a multiple of 8 and a multiplier are needed, got {self}")
+        if min(self.channels, self.fields) < 1 or self.width < 8 or self.width % 8 or not self.multipliers:
+            raise ValueError(
+                f"network: channels and fields >= 1, width a multiple of 8 and a multiplier are needed, got {self}"
+            )
         if len(self.block_counts) != len(self.multipliers) or min(self.block_counts) < 1:
             raise ValueError(
                 f"blocks: one number >= 1, or one for each of {len(self.multipliers)} resolutions, got {self.blocks}"
@@ -105,7 +111,7 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """`forward(x, t, label=None, vector=None)`: x (B, C, H, W) to the same shape, t (B,) in [0, 1].
+    """`forward(x, t, label=None, vector=None, context=None)`: x (B, C, H, W) to (B, fields * C, H, W), t (B,) in [0, 1].
 
     H and W must be divisible by 2^(resolutions - 1). The output layer starts at zero.
     """
@@ -118,7 +124,7 @@ class UNet(nn.Module):
         self.time = TimeEmbedding(embedding)
         self.classes = nn.Embedding(config.classes + 1, embedding) if config.classes else None
         self.vector = nn.Linear(config.vector, embedding) if config.vector else None
-        self.stem = nn.Conv2d(config.channels, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(config.channels + config.context, widths[0], 3, padding=1)
 
         def block(inputs: int, outputs: int) -> ResidualBlock:
             return ResidualBlock(inputs, outputs, embedding, config.dropout)
@@ -137,14 +143,21 @@ class UNet(nn.Module):
             if i:
                 self.ups.append(nn.Conv2d(widths[i], widths[i - 1], 3, padding=1))
         self.norm = nn.GroupNorm(_groups(widths[0]), widths[0])
-        self.head = nn.Conv2d(widths[0], config.channels, 3, padding=1)
+        self.head = nn.Conv2d(widths[0], config.fields * config.channels, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        label: Tensor | None = None,
+        vector: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Tensor:
         """The network's output at (x, t) under its conditions."""
         embedding = self._embed(t, label, vector)
-        h, skips = self.stem(x), []
+        h, skips = self.stem(self._beside(x, context)), []
         for i, blocks in enumerate(self.encoder):
             for block in blocks:  # type: ignore[attr-defined]
                 h = block(h, embedding)
@@ -160,6 +173,15 @@ class UNet(nn.Module):
                 # Convolved before it is enlarged: a quarter of the work, and the next block convolves at full size.
                 h = F.interpolate(self.ups[i](h), scale_factor=2.0, mode="nearest")
         return self.head(F.silu(self.norm(h)))
+
+    def _beside(self, x: Tensor, context: Tensor | None) -> Tensor:
+        if not self.config.context:
+            if context is not None:
+                raise ValueError("context: this network was built without a context image")
+            return x
+        if context is None:
+            context = x.new_zeros(x.shape[0], self.config.context, *x.shape[2:])
+        return torch.cat([x, context], dim=1)
 
     def _embed(self, t: Tensor, label: Tensor | None, vector: Tensor | None) -> Tensor:
         embedding = self.time(t)

@@ -15,7 +15,7 @@ from pantarhei.solve.ode import Hook, Solution, _check_grid, _check_times
 from pantarhei.solve.state import CountedField, Field, State, add_scaled, check_state, leaves, map_state
 
 Diffusion = float | Callable[..., Any]
-SDEMethodName = Literal["euler_maruyama", "heun"]
+SDEMethodName = Literal["euler_maruyama", "heun", "noised_heun"]
 # (drift, amplitude, x, t, t_end, unit normal draw) -> new state
 SDEStep = Callable[[CountedField, Callable[[State, float], State], State, float, float, State], State]
 
@@ -46,8 +46,9 @@ def sde(
         times: strictly monotone; states at these times are reported and must be nodes of the grid.
         steps: number of equal steps, or the whole grid; without it the grid is `times`.
         method: "euler_maruyama" (Ito; strong order 1/2, 1 for additive noise), "heun" (both stages share the increment;
-            drift of weak order 2 for additive noise; for state-dependent noise it solves the Stratonovich equation), or
-            a function `(drift, amplitude, x, t, t_end, draw) -> x` of one step.
+            drift of weak order 2 for additive noise; for state-dependent noise it solves the Stratonovich equation),
+            "noised_heun" (the noise first, then a deterministic Heun step from there; Karras et al. 2206.00364, SiT), or a
+            function `(drift, amplitude, x, t, t_end, draw) -> x` of one step.
         noise: standard normal draws to use, one a step: a tensor (steps, *x.shape) or a sequence of states.
         generator: draws the noise where `noise` is None.
         condition, before_step, after_step, observe: as in `ode`.
@@ -106,7 +107,17 @@ def _heun(
     return map_state(lambda y, a, b, w: y + (a + b) / 2 * root * w, mean, early, late, draw)
 
 
-SDE_METHODS: dict[str, SDEStep] = {"euler_maruyama": _euler_maruyama, "heun": _heun}
+def _noised_heun(
+    drift: CountedField, amplitude: Callable[[State, float], State], x: State, t: float, end: float, draw: State
+) -> State:
+    root = math.sqrt(abs(end - t))
+    x = map_state(lambda y, g, w: y + g * root * w, x, amplitude(x, t), draw)
+    slope = drift(x, t)
+    late = drift(add_scaled(x, (1.0,), (slope,), end - t), end)
+    return add_scaled(x, (0.5, 0.5), (slope, late), end - t)
+
+
+SDE_METHODS: dict[str, SDEStep] = {"euler_maruyama": _euler_maruyama, "heun": _heun, "noised_heun": _noised_heun}
 
 
 def _hooked(hook: Hook | None, x: State, t: float, step: int) -> State:
