@@ -82,7 +82,7 @@ class LateData(AffinePath):
 @dataclass(frozen=True)
 class Shrunk(AffinePath):
     """A path scaled by sqrt(1 - gamma^2), which leaves room for the latent: with `Cosine` the variance of a bridge between
-    unit-variance ends stays one. gamma must stay below 1."""
+    unit-variance ends stays one. gamma must not exceed 1."""
 
     base: AffinePath = field(default_factory=Cosine)
     gamma: Gamma = field(default_factory=Brownian)
@@ -94,12 +94,13 @@ class Shrunk(AffinePath):
             object.__setattr__(self, "gamma", build_gamma(self.gamma))
         middle = torch.linspace(0, 1, 101, dtype=torch.float64)
         highest = float(self.gamma.value(middle).max())
-        if not highest < 1:
-            raise ValueError(f"gamma: must stay below 1 on this path, got up to {highest:.3g}; take a smaller constant")
+        if highest > 1 + 1e-9:
+            raise ValueError(f"gamma: must not exceed 1 on this path, got up to {highest:.3g}; take a smaller constant")
 
     def _scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        scale = torch.sqrt(1 - self.gamma.value(t).square())
-        return scale, -self.gamma.product(t) / scale
+        scale = torch.sqrt((1 - self.gamma.value(t).square()).clamp_min(0))
+        # Where gamma reaches 1 the scale has a kink; its derivative there is set to 0.
+        return scale, -self.gamma.product(t) / scale.clamp_min(1e-12)
 
     def alpha(self, t: Tensor) -> Tensor:
         """sqrt(1 - gamma^2) times the base's."""
