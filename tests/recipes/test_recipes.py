@@ -7,17 +7,12 @@ import pytest
 import torch
 
 from pantarhei.flow import Flow
+from pantarhei.recipes.backbones import NetworkConfig, build_network, default_multipliers
+from pantarhei.recipes.data import DataConfig
 from pantarhei.recipes.evaluation import Coordinates, evaluate_flow, make_reference
 from pantarhei.recipes.quickstart import QuickstartConfig, quickstart
-from pantarhei.recipes.rectified_flow import (
-    DataConfig,
-    NetworkConfig,
-    RectifiedFlowConfig,
-    build_network,
-    build_task,
-    config_of,
-    default_multipliers,
-)
+from pantarhei.recipes.rectified_flow import RectifiedFlowConfig, build_task
+from pantarhei.recipes.registry import recipe_in
 from pantarhei.recipes.systems import SYSTEMS
 
 
@@ -44,9 +39,9 @@ def test_points_get_a_perceptron_and_unlabelled_data_no_labels():
 
 def test_recipes_come_back_from_a_run():
     recipe = RectifiedFlowConfig(network=NetworkConfig(width=16, blocks=(1, 2)), data=DataConfig(held_out=0.3), lr=2e-3)
-    assert config_of({"recipe": recipe.spec()}) == recipe
+    assert recipe_in({"recipe": recipe.spec()}) == recipe
     with pytest.raises(ValueError, match="unexpected"):
-        config_of({"recipe": {"colour": 3}})
+        recipe_in({"recipe": {"colour": 3}})
 
 
 def test_sizes_follow_the_images():

@@ -14,7 +14,6 @@ from pantarhei.flow.numbered import numbered_source
 from pantarhei.flow.sources import Samples
 from pantarhei.interop import load
 from pantarhei.recipes.analysis import Coupled, analyse, write_analysis
-from pantarhei.recipes.rectified_flow import open_source
 from pantarhei.straighten import open_pairs
 from pantarhei.training import Run
 from pantarhei.training.runs import CONFIG
@@ -101,7 +100,7 @@ def _pairs(run: Path) -> Path | None:
 
 def _source(run: Path, flow: Flow, seed: int, count: int) -> torch.Tensor:
     recipe = recipe_of(run)
-    start = open_source(recipe) if recipe is not None else None
+    start = recipe.open_source() if recipe is not None else None
     if start is not None:
         flow.source = Samples(start[0])
     return numbered_source(flow, seed, range(count))

@@ -15,7 +15,19 @@ from pantarhei.naming import unknown
 # verb -> {kind or "": (module, function, one line)}; modules are imported when they are used.
 VERBS: dict[str, dict[str, tuple[str, str, str]]] = {
     "quickstart": {"": ("quickstart", "quickstart", "train on digits, straighten, and look at a page (a few minutes)")},
-    "train": {"rectified-flow": ("train", "train_rectified_flow", "train a rectified flow on images or points")},
+    "train": {
+        "rectified-flow": ("train", "train_rectified_flow", "train a rectified flow on images or points"),
+        "stochastic-interpolants": (
+            "train",
+            "train_stochastic_interpolants",
+            "train a bridge from noise or data to data, with a latent noise",
+        ),
+        "forecasting": (
+            "train",
+            "train_forecasting",
+            "train a bridge from the present state to the law of the next one",
+        ),
+    },
     "straighten": {
         "reflow": ("straighten", "straighten_reflow", "train a flow on its own pairs so that few steps suffice"),
         "distil": ("straighten", "straighten_distil", "distil a flow to a few steps on its own pairs"),
@@ -23,6 +35,7 @@ VERBS: dict[str, dict[str, tuple[str, str, str]]] = {
     "sample": {"": ("sample", "sample", "draw samples from a run")},
     "invert": {"": ("sample", "invert", "run a flow backwards: data to noise, or the second data set to the first")},
     "evaluate": {"": ("evaluate", "evaluate", "score a run's samples against its data, for several numbers of steps")},
+    "forecast": {"": ("forecast", "forecast_run", "ensembles of what follows, scored on held-out trajectories")},
     "convert": {"": ("convert", "convert", "published checkpoints to folders of ours, and back")},
     "analyze": {"": ("analyze", "analyze", "straightness, costs, balance and marginals of a flow, on a page")},
     "adapt": {"": ("adapt", "adapt", "carry features of one domain to another, for a classifier trained there")},

@@ -16,7 +16,8 @@ from pantarhei.flow import Flow
 from pantarhei.flow.sources import Samples
 from pantarhei.images import open_images
 from pantarhei.interop import load
-from pantarhei.recipes.rectified_flow import RectifiedFlowConfig, config_of, open_source
+from pantarhei.recipes.data import Recipe
+from pantarhei.recipes.registry import recipe_in
 from pantarhei.training import Run
 from pantarhei.training.runs import CONFIG
 
@@ -31,18 +32,17 @@ def open_flow(run: Path, checkpoint: str = "newest", device: Device = "auto") ->
     """
     flow = load(run, checkpoint=read_checkpoint(checkpoint))
     recipe = recipe_of(run)
-    start = open_source(recipe) if recipe is not None else None
+    start = recipe.open_source() if recipe is not None else None
     if start is not None:
         flow.source = Samples(start[1])
     return flow.to(find_device(device)).eval()
 
 
-def recipe_of(run: Path) -> RectifiedFlowConfig | None:
+def recipe_of(run: Path) -> Recipe | None:
     """The recipe that a run names (its own, or its teacher's); None where there is none."""
     if not (run / CONFIG).is_file():
         return None
-    config = Run.open(run).config
-    return config_of(config) if config.get("recipe") else None
+    return recipe_in(Run.open(run).config)
 
 
 def data_of(run: Path) -> tuple[Source, Source]:
@@ -54,7 +54,7 @@ def data_of(run: Path) -> tuple[Source, Source]:
     recipe = recipe_of(run)
     if recipe is None:
         raise ValueError(f"{run} does not name data that can be opened again; do this from Python")
-    return recipe.data.open()
+    return recipe.open()
 
 
 def default_steps(flow: Flow) -> int:

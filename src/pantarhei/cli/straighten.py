@@ -19,7 +19,7 @@ from pantarhei.flow.numbered import numbered_conditions, numbered_source
 from pantarhei.flow.times import build_time_law
 from pantarhei.interop import load
 from pantarhei.recipes.perceptual import MetricName, build_metric
-from pantarhei.recipes.rectified_flow import TimesName, open_source
+from pantarhei.recipes.rectified_flow import TimesName
 from pantarhei.straighten import (
     OnlinePairs,
     PairSource,
@@ -258,7 +258,7 @@ def _train(
 def _open_teacher(run: Path, machines: Machines) -> Flow:
     """The averaged flow, where pairs are made; a transfer makes them from the training part of its source."""
     recipe = recipe_of(run)
-    start = open_source(recipe) if recipe is not None else None
+    start = recipe.open_source() if recipe is not None else None
     flow = load(run) if start is None else load(run, source=start[0])
     if machines.accelerator != "cpu" and torch.cuda.is_available():
         flow.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))

@@ -8,8 +8,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from pantarhei.recipes import forecasting, stochastic_interpolants
 from pantarhei.recipes.cards import write_card
+from pantarhei.recipes.forecasting import ForecastConfig
 from pantarhei.recipes.rectified_flow import PRESETS, RectifiedFlowConfig, build_task
+from pantarhei.recipes.stochastic_interpolants import StochasticInterpolantsConfig
 from pantarhei.training import TrainResult, train
 
 
@@ -122,13 +125,90 @@ train_rectified_flow.presets = {  # type: ignore[attr-defined]
 }
 
 
+def train_stochastic_interpolants(
+    out: Path,
+    recipe: StochasticInterpolantsConfig = StochasticInterpolantsConfig(),
+    iterations: int = 2000,
+    batch: int = 128,
+    seed: int = 0,
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    machines: Machines = Machines(),
+    keeping: Keeping = Keeping(),
+) -> int:
+    """Train a stochastic interpolant: from noise, other data or what is known of an image, to data.
+
+    Args:
+        out: run folder.
+        recipe: data, path, latent, fields, network and optimiser.
+        iterations: batches to train on.
+        batch: global batch size.
+        seed: of weights, data order and noise.
+        resume: go on with the run in `out`.
+        machines: where it runs.
+        keeping: what is kept on the way.
+    """
+    check_new(out, resume)
+    task, augment = stochastic_interpolants.build_task(recipe, seed)
+    result = train(
+        task,
+        out,
+        resume=resume,
+        config={"system": "stochastic-interpolants", "recipe": recipe.spec()},
+        augment=augment,
+        iterations=iterations,
+        batch=batch,
+        seed=seed,
+        **machines.options(),
+        **keeping.options(),
+    )
+    return report_end(result)
+
+
+def train_forecasting(
+    out: Path,
+    recipe: ForecastConfig = ForecastConfig(),
+    iterations: int = 3000,
+    batch: int = 256,
+    seed: int = 0,
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    machines: Machines = Machines(),
+    keeping: Keeping = Keeping(),
+) -> int:
+    """Train a probabilistic forecast: a bridge from the present state to the law of the next one.
+
+    Args:
+        out: run folder.
+        recipe: series, lag, network and optimiser.
+        iterations: batches to train on.
+        batch: global batch size.
+        seed: of weights, data order and noise.
+        resume: go on with the run in `out`.
+        machines: where it runs.
+        keeping: what is kept on the way.
+    """
+    check_new(out, resume)
+    task = forecasting.build_task(recipe, seed)
+    result = train(
+        task,
+        out,
+        resume=resume,
+        config={"system": "forecasting", "recipe": recipe.spec()},
+        iterations=iterations,
+        batch=batch,
+        seed=seed,
+        **machines.options(),
+        **keeping.options(),
+    )
+    return report_end(result, f"pantarhei forecast {out} --out forecast")
+
+
 def check_new(out: Path, resume: bool) -> None:
     """Refuse early, before data are read, what `Run.create` would refuse later."""
     if not resume and any((out / "checkpoints").glob("[0-9]*")):
         raise ValueError(f"--out: {out} already holds a run; go on with --resume, or choose another folder")
 
 
-def report_end(result: TrainResult) -> int:
+def report_end(result: TrainResult, following: str = "") -> int:
     """Write the model card and say where things are."""
     import torch.distributed as dist
 
@@ -139,5 +219,5 @@ def report_end(result: TrainResult) -> int:
         print(f"interrupted at iteration {result.iteration}; saved. Go on with the same command and --resume")
         return 130
     print(f"trained {result.iteration} iterations in {result.seconds:.0f} s: {result.run.folder}")
-    print(f"next: pantarhei sample {result.run.folder} --count 64 --out samples")
+    print(f"next: {following or f'pantarhei sample {result.run.folder} --count 64 --out samples'}")
     return 0

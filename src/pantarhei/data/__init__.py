@@ -1,7 +1,8 @@
 """Data: sources, toy sets, simulated series, splits, and safe readers of foreign files."""
 
 from pantarhei.data.pickles import load_weights, restricted_load
-from pantarhei.data.simulations import SERIES, double_well, kolmogorov_flow, read_series, series_pairs, split_series
+from pantarhei.data.series import SERIES, read_series, series_pairs, split_series, split_trajectories
+from pantarhei.data.simulations import double_well, kolmogorov_flow
 from pantarhei.data.sources import DatasetSource, Source, Subset, TensorSource, as_source, read_points
 from pantarhei.data.splits import labels_of, split
 from pantarhei.data.toys import TOYS, toy_source
@@ -24,5 +25,6 @@ __all__ = [
     "series_pairs",
     "split",
     "split_series",
+    "split_trajectories",
     "toy_source",
 ]

@@ -3,6 +3,7 @@
 from pantarhei.flow import couplings, interpolants, objectives, paths, predictions, sources, times
 from pantarhei.flow.closed_form import GaussianMixture, MixtureField
 from pantarhei.flow.conditions import Condition
+from pantarhei.flow.control import kl_control, loss_gap
 from pantarhei.flow.feature_jacobian import FeatureJacobian
 from pantarhei.flow.fields import Fields
 from pantarhei.flow.flow import Flow, evaluation_mode
@@ -16,6 +17,7 @@ from pantarhei.flow.noise_amounts import fading, noise_amount
 from pantarhei.flow.nonparametric import EmpiricalField, NeighbourField
 from pantarhei.flow.objectives import FlowMatching, Objective, Term
 from pantarhei.flow.observations import Inpainting, Observation, Present, SuperResolution
+from pantarhei.flow.path_likelihood import PathLikelihood, path_likelihood
 from pantarhei.flow.provenance import Provenance
 from pantarhei.flow.stochastic import StiffNoise, transport_sde
 from pantarhei.flow.transforms import FieldTransform, Guidance, Stretched
@@ -40,6 +42,7 @@ __all__ = [
     "NeighbourField",
     "Objective",
     "Observation",
+    "PathLikelihood",
     "Perceptual",
     "Present",
     "Provenance",
@@ -52,10 +55,13 @@ __all__ = [
     "evaluation_mode",
     "fading",
     "interpolants",
+    "kl_control",
     "log_likelihood",
+    "loss_gap",
     "make_grid",
     "noise_amount",
     "objectives",
+    "path_likelihood",
     "paths",
     "predictions",
     "sources",

@@ -20,6 +20,7 @@ from pantarhei.flow.grids import Grid, GridName, make_grid
 from pantarhei.flow.interpolants import Interpolant, build_interpolant
 from pantarhei.flow.likelihood import Divergence, Likelihood, log_likelihood
 from pantarhei.flow.noise_amounts import Epsilon
+from pantarhei.flow.path_likelihood import PathLikelihood, path_likelihood
 from pantarhei.flow.paths import AffinePath, build_path
 from pantarhei.flow.predictions import Ends, Prediction, PredictionName, as_rows, build_prediction, check_times
 from pantarhei.flow.provenance import Provenance
@@ -414,9 +415,10 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
         of: Literal["data", "samples"] = "data",
         details: bool = False,
+        epsilon: Epsilon | None = None,
         **options: Any,
     ) -> Any:
-        """log p(x) in nats, (B,), by the change of variables along the flow.
+        """log p(x) in nats, (B,), by the change of variables along the flow, or by random paths of its SDE.
 
         Args:
             x: data (B, *shape), in the flow's space.
@@ -424,7 +426,8 @@ class Flow(nn.Module):
             divergence, probes, generator: see `log_likelihood`.
             of: after reflow the value is the density of the flow's own samples, no longer an estimate of the data's;
                 it must then be asked for with "samples".
-            details: return a `Likelihood` (value, standard error, encoded start, evaluations).
+            details: return a `Likelihood` or a `PathLikelihood` (value, standard error, evaluations, ...).
+            epsilon: the density of the SDE with this noise, see `path_likelihood`, which also names the options.
             options: `method`, `steps`, `rtol`, `atol`.
 
         Raises:
@@ -444,17 +447,15 @@ class Flow(nn.Module):
         def source_log_prob(start: Tensor) -> Tensor:
             return density(start / unit) - size * math.log(unit)
 
+        options |= {"divergence": divergence, "probes": probes, "generator": generator}
+        result: Likelihood | PathLikelihood
         with evaluation_mode(self.network):
-            result: Likelihood = log_likelihood(
-                lambda y, t: self.velocity(y, t, named),
-                x,
-                (low, high),
-                source_log_prob,
-                divergence=divergence,
-                probes=probes,
-                generator=generator,
-                **options,
-            )
+            if epsilon is not None:
+                result = path_likelihood(self, x, epsilon, source_log_prob, condition=named, **options)
+            else:
+                result = log_likelihood(
+                    lambda y, t: self.velocity(y, t, named), x, (low, high), source_log_prob, **options
+                )
         return result if details else result.value
 
     def draw(

@@ -59,17 +59,10 @@ def log_likelihood(
     if probes < 1:
         raise ValueError(f"probes: must be at least 1, got {probes}")
     columns = 1 if divergence == "exact" else probes
-    directions = None
-    if divergence == "hutchinson":
-        bits = torch.randint(0, 2, (probes, *x.shape), generator=generator, device=x.device)
-        directions = (2 * bits - 1).to(x.dtype)
+    directions = None if divergence == "exact" else probe_directions(x, probes, generator)
 
     def augmented(state: tuple[Tensor, Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            position = state[0].detach().requires_grad_(True)
-            value = velocity(position, t)
-            traces = _exact_trace(value, position) if directions is None else _probed(value, position, directions)
-        return value.detach(), traces
+        return divergence_of(lambda position: velocity(position, t), state[0], directions)
 
     t0, t1 = interval
     start = (x, x.new_zeros(x.shape[0], columns))
@@ -78,6 +71,30 @@ def log_likelihood(
     values = source_log_prob(encoded)[:, None] + integral.double()
     error = values.std(dim=1) / columns**0.5 if columns > 1 else None
     return Likelihood(values.mean(dim=1), error, encoded, solution.evaluations)
+
+
+def probe_directions(x: Tensor, probes: int, generator: torch.Generator | None) -> Tensor:
+    """Rademacher probes (probes, *x.shape)."""
+    bits = torch.randint(0, 2, (probes, *x.shape), generator=generator, device=x.device)
+    return (2 * bits - 1).to(x.dtype)
+
+
+def divergence_of(field: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The field at x and its divergence, without a graph.
+
+    Args:
+        field: of the position alone.
+        x: positions (B, ...).
+        directions: probes (P, B, ...) of an estimate, or None for the exact trace.
+
+    Returns:
+        The value, and the divergence: (B, 1) exact, or (B, P), one a probe.
+    """
+    with torch.enable_grad():
+        position = x.detach().requires_grad_(True)
+        value = field(position)
+        traces = _exact_trace(value, position) if directions is None else _probed(value, position, directions)
+    return value.detach(), traces
 
 
 def _exact_trace(value: Tensor, x: Tensor) -> Tensor:

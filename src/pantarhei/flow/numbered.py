@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from pantarhei.data.seeds import generator as seeded
 from pantarhei.data.seeds import mix
 from pantarhei.data.sources import Source
+from pantarhei.flow.conditions import Condition
 from pantarhei.flow.flow import Flow
 
 # Names of the independent streams of one seed.
@@ -43,8 +44,10 @@ def numbered_labels(seed: int, numbers: Sequence[int], classes: int) -> Tensor:
     return torch.tensor([mix(seed, number, LABEL) % classes for number in numbers], dtype=torch.long)
 
 
-def numbered_source(flow: Flow, seed: int, numbers: Sequence[int]) -> Tensor:
-    """The unit source draws x0 of these samples, in the flow's dtype and on its device.
+def numbered_source(
+    flow: Flow, seed: int, numbers: Sequence[int], condition: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """The unit source draws x0 of these samples, given their conditions, in the flow's dtype and on its device.
 
     Raises:
         ValueError: the flow does not know the shape of a sample.
@@ -54,7 +57,10 @@ def numbered_source(flow: Flow, seed: int, numbers: Sequence[int]) -> Tensor:
     if getattr(flow.source, "gaussian", False):
         x0 = numbered_noise(seed, numbers, flow.shape)
     else:
-        rows = [flow.source.draw((1, *flow.shape), torch.empty(0), None, seeded(seed, i, SOURCE)) for i in numbers]
+        rows = []
+        for row, i in enumerate(numbers):
+            own = Condition({name: value[row : row + 1] for name, value in condition.items()}) if condition else None
+            rows.append(flow.source.draw((1, *flow.shape), torch.empty(0), own, seeded(seed, i, SOURCE)))
         x0 = torch.cat(rows)
     return x0.to(flow.device, flow.dtype)
 
@@ -113,7 +119,7 @@ def numbered_samples(
     for first in range(0, len(numbers), batch):
         part = numbers[first : first + batch]
         condition = named(part)
-        x0 = numbered_source(flow, seed, part)
+        x0 = numbered_source(flow, seed, part, condition)
         x1 = flow.sample(x0=x0, condition=condition or None, **options)
         yield {"x0": x0.float().cpu(), "x1": x1.float().cpu(), **{k: v.cpu() for k, v in condition.items()}}
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pantarhei.data.seeds import generator as seeded
+from pantarhei.data.sources import Source
 from pantarhei.flow.conditions import Condition
 from pantarhei.naming import build
 
@@ -169,3 +171,34 @@ def _images(x: Tensor) -> tuple[int, int, int, int]:
     if x.ndim != 4:
         raise ValueError(f"observe: images (B, C, H, W) are needed, got shape {tuple(x.shape)}")
     return x.shape[0], x.shape[1], x.shape[2], x.shape[3]
+
+
+class ObservedSource:
+    """A data source whose items come with what is observed of them: the same for each item at each time.
+
+    Args:
+        source: the data.
+        observation: what is observed.
+    """
+
+    def __init__(self, source: Source, observation: Observation):
+        self.source, self.observation = source, observation
+        self.name = source.name
+        self.labels = getattr(source, "labels", None)
+        self.classes = getattr(source, "classes", None)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def fetch(self, indices: Tensor) -> dict[str, Tensor]:
+        """The items, with the observation's condition; item i is seen through draws of its own."""
+        batch = self.source.fetch(indices)
+        rows = []
+        for row, index in enumerate(indices.tolist()):
+            item = {name: value[row : row + 1] for name, value in batch.items()}
+            rows.append(self.observation.observe(item, seeded(index, 90)))
+        return {**batch, **{name: torch.cat([row[name] for row in rows]) for name in rows[0]}}
+
+    def describe(self) -> dict[str, Any]:
+        """As the source, with the observation."""
+        return {**self.source.describe(), "observed": self.observation.spec()}

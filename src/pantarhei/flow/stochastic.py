@@ -92,7 +92,7 @@ def transport_sde(
     """
     if last is not None and last not in get_args(LastStep):
         raise ValueError(unknown("last", last, get_args(LastStep)))
-    equation = _Equation(flow, epsilon, x, condition, guidance, transforms)
+    equation = Equation(flow, epsilon, x, condition, guidance, transforms)
     nodes = _nodes(flow, (float(times[0]), float(times[-1])), steps, last_step, grid, shift)
     equation.place(nodes, cap)
     clean = [equation.level(nodes[0]) < CLEAN and not equation.direct, equation.level(nodes[-1]) < CLEAN]
@@ -126,7 +126,7 @@ def transport_sde(
     )
 
 
-class _Equation:
+class Equation:
     """Velocity, latent and drift of a flow at (x, t), from one call of its network."""
 
     def __init__(
@@ -229,7 +229,7 @@ def _nodes(
     return nodes if last_step is None else [*nodes, end]
 
 
-def _check_stiffness(equation: _Equation, nodes: Sequence[float], method: str) -> None:
+def _check_stiffness(equation: Equation, nodes: Sequence[float], method: str) -> None:
     """Warn where explicit steps overshoot: the score may be as steep as 1 / gamma^2."""
     worst, where = 0.0, 0.0
     for t, end in pairwise(nodes):
@@ -248,7 +248,7 @@ def _check_stiffness(equation: _Equation, nodes: Sequence[float], method: str) -
 
 
 def _close(
-    equation: _Equation, x: Tensor, times: Sequence[float], last: LastStep | None, options: dict[str, Any]
+    equation: Equation, x: Tensor, times: Sequence[float], last: LastStep | None, options: dict[str, Any]
 ) -> tuple[Tensor, int]:
     kind = last or "mean"
     field: Any = equation.drift if kind == "mean" else equation.velocity

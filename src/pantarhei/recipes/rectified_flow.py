@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pantarhei.data import TOYS, Source, read_points, split, toy_source
-from pantarhei.data.seeds import mix
+from pantarhei.data import Source
 from pantarhei.flow import FeatureJacobian, Flow, FlowMatching, Provenance, Term
 from pantarhei.flow.couplings import build_coupling
 from pantarhei.flow.objectives import LossTerm
 from pantarhei.flow.sources import Samples
 from pantarhei.flow.times import build_time_law
-from pantarhei.images import augmentation, open_images
+from pantarhei.images import augmentation
 from pantarhei.metrics import train_classifier
-from pantarhei.naming import unknown
-from pantarhei.networks import NETWORKS, MLPConfig, NCSNppConfig, UNetConfig
+from pantarhei.recipes.backbones import NetworkConfig, build_network
+from pantarhei.recipes.data import DataConfig, Recipe
 from pantarhei.training import FlowTask, Optimization
 
 TimesName = Literal["uniform", "logit-normal", "mode", "cosmap", "u-shaped", "beta"]
@@ -27,71 +26,7 @@ PathName = Literal["linear", "vp", "sub-vp", "cosine", "spherical", "ve", "edm"]
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """What to train on.
-
-    Attributes:
-        data: `digits` (built in), a folder or zip of images, a CIFAR-10 folder or archive, parquet, `hf:NAME`, points
-            (N, D) in a .npy file (or `x1` in a .safetensors file), or a 2-D toy set (eight_gaussians, two_moons, ...).
-        size: resize the short side to this many pixels and crop the centre.
-        channels: 1 or 3; by default those of the first image.
-        held_out: fraction kept away from training, for validation and evaluation (where the data bring no test split).
-        augment: augmentations by name: flip, crop, shift.
-    """
-
-    data: str = "digits"
-    size: int | None = None
-    channels: int | None = None
-    held_out: float = 0.2
-    augment: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "augment", tuple(self.augment))
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out: must lie strictly between 0 and 1, got {self.held_out}")
-
-    def open(self, data: str | None = None) -> tuple[Source, Source]:
-        """The training part and the held-out part, of these data or of others opened the same way.
-
-        Raises:
-            ValueError, FileNotFoundError: unknown name or path, damaged or unequal images.
-        """
-        data = data or self.data
-        if data in TOYS:
-            return split(toy_source(data, 10_000, seed=0), self.held_out)
-        if data.endswith((".npy", ".safetensors")):
-            return split(read_points(data), self.held_out)
-        source = open_images(data, size=self.size, channels=self.channels)
-        try:
-            test = open_images(data, size=self.size, channels=self.channels, split="test")
-        except (ValueError, FileNotFoundError):  # most data have one part only
-            return split(source, self.held_out)
-        return source, test
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """Network sizes; what is left out follows from the data.
-
-    Attributes:
-        architecture: of image networks: unet (compact, quick on a CPU) or ncsnpp (DDPM++, the paper's).
-        width: feature channels at full resolution (images) or hidden width (points).
-        multipliers: channels of each resolution as multiples of `width`.
-        blocks: residual blocks a side, one number for all resolutions or (unet) one each; or hidden layers for points.
-        attention: self-attention, at the lowest resolution (unet) or at side 16 (ncsnpp).
-        dropout: in the residual blocks.
-    """
-
-    architecture: Literal["unet", "ncsnpp"] = "unet"
-    width: int | None = None
-    multipliers: tuple[int, ...] | None = None
-    blocks: tuple[int, ...] | None = None
-    attention: bool = True
-    dropout: float = 0.0
-
-
-@dataclass(frozen=True)
-class RectifiedFlowConfig:
+class RectifiedFlowConfig(Recipe):
     """The recipe.
 
     Attributes:
@@ -139,10 +74,6 @@ class RectifiedFlowConfig:
         """The optimiser's settings."""
         return Optimization(lr=self.lr, warmup=self.warmup, clip=self.clip, weight_decay=self.weight_decay)
 
-    def spec(self) -> dict[str, Any]:
-        """As data for `config.yaml`."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
 
 def build_task(config: RectifiedFlowConfig, seed: int) -> tuple[FlowTask, Any]:
     """The task and the augmentation (or None) of a recipe; weights are drawn from `seed`.
@@ -150,10 +81,10 @@ def build_task(config: RectifiedFlowConfig, seed: int) -> tuple[FlowTask, Any]:
     Raises:
         ValueError, FileNotFoundError: for data or settings that cannot be used.
     """
-    train_set, held_out = config.data.open()
+    train_set, held_out = config.open()
     description = train_set.describe()
     shape = tuple(description["shape"])
-    start = open_source(config)
+    start = config.open_source()
     if start is not None and tuple(start[0].describe()["shape"]) != shape:
         other = tuple(start[0].describe()["shape"])
         raise ValueError(f"source: its items have shape {other}, those of the data {shape}; give --size or --channels")
@@ -187,11 +118,6 @@ def build_task(config: RectifiedFlowConfig, seed: int) -> tuple[FlowTask, Any]:
     return task, augment
 
 
-def open_source(config: RectifiedFlowConfig) -> tuple[Source, Source] | None:
-    """Training and held-out part of what a transfer starts from; None for noise."""
-    return config.data.open(config.source) if config.source else None
-
-
 def domain_features(first: Source, second: Source, seed: int, *, limit: int = 5000) -> Callable[[Tensor], Tensor]:
     """Hidden features of a classifier trained to tell two sets of images apart, frozen: (B, C, H, W) to (B, F).
 
@@ -204,56 +130,6 @@ def domain_features(first: Source, second: Source, seed: int, *, limit: int = 50
     labels = torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts)])
     trained = train_classifier(torch.cat(parts), labels, seed=seed, data=f"{first.name} against {second.name}")
     return trained.network.features
-
-
-def build_network(config: NetworkConfig, shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
-    """A U-Net for images (C, H, W) or an MLP for points (D,), with weights drawn from `seed`."""
-    sizes: Any
-    if len(shape) == 3 and config.architecture == "ncsnpp":
-        multipliers = config.multipliers or default_multipliers(min(shape[1:]))
-        attention = (16,) if config.attention and 16 in [min(shape[1:]) >> i for i in range(len(multipliers))] else ()
-        blocks = config.blocks or (4,)
-        if len(blocks) > 1 or shape[1] != shape[2]:
-            raise ValueError(f"network: ncsnpp takes one number of blocks and square images, got {blocks} and {shape}")
-        sizes = NCSNppConfig(
-            size=shape[1],
-            channels=shape[0],
-            width=config.width or 128,
-            multipliers=multipliers,
-            blocks=blocks[0],
-            attention=attention,
-            dropout=config.dropout,
-            classes=classes,
-        )
-    elif len(shape) == 1:
-        sizes = MLPConfig(shape[0], config.width or 128, config.blocks[0] if config.blocks else 3, classes)
-    elif len(shape) == 3:
-        multipliers = config.multipliers or default_multipliers(min(shape[1:]))
-        factor = 2 ** (len(multipliers) - 1)
-        if shape[1] % factor or shape[2] % factor:
-            raise ValueError(
-                f"multipliers: {len(multipliers)} resolutions need images divisible by {factor}, got {shape[1]}x{shape[2]}; "
-                "give --size or fewer multipliers"
-            )
-        width = config.width or (32 if min(shape[1:]) <= 16 else 64)
-        blocks = config.blocks or (*(1,) * (len(multipliers) - 1), 4 if len(multipliers) < 3 else 2)
-        blocks = blocks * len(multipliers) if len(blocks) == 1 else blocks
-        sizes = UNetConfig(shape[0], width, multipliers, blocks, config.attention, classes, dropout=config.dropout)
-    else:
-        raise ValueError(f"data: images (C, H, W) or points (D,) are needed, got samples of shape {shape}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(mix(seed, 30))
-        return NETWORKS[type(sizes)](sizes)
-
-
-def default_multipliers(size: int) -> tuple[int, ...]:
-    """Resolutions down to 4 (tiny images) or 8 pixels."""
-    if size <= 8:
-        return (1, 2)
-    count = 1
-    while size % 2 == 0 and size > 8 and count < 4:
-        size, count = size // 2, count + 1
-    return (1, 2, 2, 2)[:count]
 
 
 @dataclass(frozen=True)
@@ -298,18 +174,3 @@ PRESETS = {
         keeping={"checkpoint_every": 2000, "preview_every": 5000},
     ),
 }
-
-
-def config_of(spec: dict[str, Any]) -> RectifiedFlowConfig:
-    """The recipe that a run's `config.yaml` holds.
-
-    Raises:
-        ValueError: for a run of another system, or unknown settings.
-    """
-    recipe = dict(spec.get("recipe", {}))
-    try:
-        data = DataConfig(**recipe.pop("data", {}))
-        network = NetworkConfig(**recipe.pop("network", {}))
-        return RectifiedFlowConfig(data=data, network=network, **recipe)
-    except TypeError as error:
-        raise ValueError(unknown("recipe", str(error), [])) from None
