@@ -1,4 +1,4 @@
-"""Coefficients, exact mixture fields, losses and samplers against the reference implementations of stochastic interpolants."""
+"""Coefficients, exact mixture fields, losses and samplers against the references of stochastic interpolants and SiT."""
 
 import pytest
 import torch

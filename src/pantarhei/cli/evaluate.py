@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from pantarhei.cli.opening import Device, data_of, open_flow
+from pantarhei.cli.sample import Stochastic
 from pantarhei.files import write_json
 from pantarhei.recipes.evaluation import bits_per_dimension, evaluate_flow, make_reference
 
@@ -20,6 +21,7 @@ def evaluate(
     method: Literal["euler", "midpoint", "heun", "rk4", "bosh3", "dopri5", "tsit5"] = "euler",
     rtol: float | None = None,
     guidance: float = 1.0,
+    noise: Stochastic = Stochastic(),
     inception: Path | None = None,
     likelihood: int = 0,
     batch: int = 256,
@@ -37,6 +39,7 @@ def evaluate(
         rtol: error control with this tolerance instead of numbers of steps (with bosh3, dopri5 or tsit5; the paper's figures
             have dopri5 at 1e-5).
         guidance: classifier-free guidance scale.
+        noise: sample a stochastic equation instead.
         inception: file of Inception weights; without it features come from a small classifier trained on the data.
         likelihood: held-out images whose bits per dimension are measured too; 0 for none.
         batch: samples at a time.
@@ -64,6 +67,7 @@ def evaluate(
         conditions=held_out if flow.conditions and flow.conditions != ("label",) else None,
         batch=batch,
         progress=True,
+        noise=noise.options(flow, method) if noise.sde else None,
     )
     bits = None
     if likelihood:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +16,55 @@ from pantarhei.cli.opening import Device, counted_calls, data_of, default_steps,
 from pantarhei.data import Source
 from pantarhei.data.seeds import generator as seeded
 from pantarhei.files import write_tensors
-from pantarhei.flow import Flow, Stretched
-from pantarhei.flow.numbered import Conditions, join, numbered_samples
+from pantarhei.flow import Flow, Stretched, noise_amount
+from pantarhei.flow.noise_amounts import NoiseForm
+from pantarhei.flow.numbered import Conditions, join, numbered_samples, path_noise
+from pantarhei.flow.stochastic import LastStep
 from pantarhei.report import save_image_grid
 from pantarhei.report.figures import scatter_2d
 
 Method = Literal["euler", "midpoint", "heun", "rk4", "bosh3", "dopri5", "tsit5"]
+
+
+@dataclass(frozen=True)
+class Stochastic:
+    """Sampling a stochastic equation with the marginals of the flow, with any amount of noise.
+
+    Attributes:
+        sde: sample it. Flows that predict the drift of one always do.
+        epsilon: amount of noise; 0 is the ODE. Of a flow that predicts a drift, by default, what it was trained with.
+        form: how it changes with time: constant, sigma (times the noise level; SiT's default), variance, linear, decreasing,
+            bump, diffusion (the score-based diffusion of the path) or fading.
+        cap: epsilon is lowered where epsilon dt / gamma^2 would exceed this; near 1 steps become unstable.
+        last: the last step: mean (drift without noise), euler or heun (of the ODE), or denoise.
+        last_step: its length; the others then share the rest evenly.
+    """
+
+    sde: bool = False
+    epsilon: float | None = None
+    form: NoiseForm = "constant"
+    cap: float = 0.5
+    last: LastStep | None = None
+    last_step: float | None = None
+
+    def options(self, flow: Flow, method: str) -> dict[str, Any]:
+        """As options of `Flow.sample`.
+
+        Raises:
+            ValueError: a method that has no stochastic form.
+        """
+        methods = {"euler": "euler_maruyama", "heun": "heun"}
+        if method not in methods:
+            raise ValueError(f"--sde: goes with --method euler or heun, got {method}")
+        trained = self.epsilon is None and "drift" in getattr(flow.prediction, "names", ())
+        epsilon = 0.5 if self.epsilon is None else self.epsilon
+        return {
+            "epsilon": "trained" if trained else noise_amount(self.form, epsilon, flow.path),
+            "method": methods[method],
+            "cap": self.cap,
+            "last": self.last,
+            "last_step": self.last_step,
+        }
 
 
 def sample(
@@ -32,8 +76,7 @@ def sample(
     label: int | None = None,
     guidance: float = 1.0,
     shift: float = 1.0,
-    sde: bool = False,
-    epsilon: float = 0.5,
+    noise: Stochastic = Stochastic(),
     rtol: float | None = None,
     published_grid: bool = False,
     input: Path | None = None,
@@ -55,14 +98,13 @@ def sample(
         label: class of all samples; drawn evenly where it is left out.
         guidance: classifier-free guidance scale; 1 is none.
         shift: resolution shift of the time grid; above 1 spends more steps near the noise.
-        sde: sample the stochastic equation with the same marginals (Euler-Maruyama).
-        epsilon: its amount of noise.
+        noise: sample a stochastic equation instead.
         rtol: error control with this relative and absolute tolerance instead of a number of steps (with bosh3, dopri5 or
             tsit5); the paper's figures have dopri5 at 1e-5.
         published_grid: Euler steps as the published rectified flow code takes them, to compare with its figures.
         input: what to start from: a .safetensors file with x0 (or x), or images (a folder, zip or file) for a flow that
             starts from images.
-        seed: sample i depends on (seed, i) only; the noise of --sde on --batch too.
+        seed: sample i depends on (seed, i) only.
         batch: samples at a time.
         checkpoint: newest, best or an iteration.
         device: where to run.
@@ -71,17 +113,13 @@ def sample(
     flow = open_flow(run, checkpoint, device)
     if flow.provenance.notes.get("direction"):
         raise ValueError("this flow was distilled to run from data to source; use pantarhei invert")
+    sde = noise.sde or getattr(flow.prediction, "names", ()) == ("drift",)
     options: dict[str, Any] = {"steps": steps or default_steps(flow), "guidance": guidance, "shift": shift}
     if rtol is not None:
         if sde or steps is not None or method not in ("bosh3", "dopri5", "tsit5"):
             raise ValueError("--rtol: goes with --method bosh3, dopri5 or tsit5, and without --steps and --sde")
         options |= {"steps": None, "rtol": rtol, "atol": rtol}
-    if not sde:
-        options["method"] = method
-    elif method != "euler":
-        raise ValueError("--sde: takes Euler-Maruyama steps; leave --method out")
-    else:
-        options |= {"epsilon": epsilon, "generator": seeded(seed, 50, device=flow.device)}
+    options |= noise.options(flow, method) if sde else {"method": method}
     if published_grid:
         if sde or method != "euler":
             raise ValueError("--published-grid: is a grid of Euler steps; leave --method and --sde out")
@@ -95,11 +133,12 @@ def sample(
             found = join(numbered_samples(flow, range(count), seed=seed, conditions=conditions, batch=batch, **options))
         else:
             x0, given = read_input(input, flow, count, ("x0", "x"))
-            found = _from_input(flow, x0, given, conditions, batch, options)
+            found = _from_input(flow, x0, given, conditions, batch, options, seed if sde else None)
     evaluations = calls[0] / -(-len(found["x1"]) // batch)
     seconds = time.monotonic() - began
     x = found["x1"]
-    metadata = {k: str(v) for k, v in {"run": run, "seed": seed, **options}.items() if k != "generator"}
+    settings = {"run": run, "seed": seed, **options, **(vars(noise) if sde else {})}
+    metadata = {k: str(v) for k, v in settings.items()}
     write_tensors(out / "samples.safetensors", {"x": x, **{k: v for k, v in found.items() if k != "x1"}}, metadata)
     _picture(x, out / "samples.png", f"{len(x)} samples")
     if not getattr(flow.source, "gaussian", False):
@@ -217,7 +256,13 @@ def _with_null_labels(flow: Flow, given: dict[str, Tensor], count: int) -> dict[
 
 
 def _from_input(
-    flow: Flow, x0: Tensor, given: dict[str, Tensor], conditions: Any, batch: int, options: dict[str, Any]
+    flow: Flow,
+    x0: Tensor,
+    given: dict[str, Tensor],
+    conditions: Any,
+    batch: int,
+    options: dict[str, Any],
+    seed: int | None,
 ) -> dict[str, Tensor]:
     parts = []
     for first in range(0, len(x0), batch):
@@ -225,6 +270,8 @@ def _from_input(
         numbers = range(first, first + len(part))
         own = {name: value[first : first + batch] for name, value in given.items()}
         named = _with_null_labels(flow, own, len(part)) if conditions is None else conditions(numbers)
+        if seed is not None:
+            options["noise"] = path_noise(seed, numbers)
         x1 = flow.sample(x0=part, condition=named or None, **options)
         parts.append({"x0": part.float().cpu(), "x1": x1.float().cpu(), **named})
     return join(iter(parts))

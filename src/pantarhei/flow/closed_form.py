@@ -115,9 +115,7 @@ class MixtureField(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The fields named by `predicts`, stacked along dimension 1; E[dx_t/dt | x_t = x] by default."""
         at = self._at(x, t)
-        return (
-            torch.cat([getattr(at, name) for name in self.predicts], dim=1) if len(self.predicts) > 1 else at.velocity
-        )
+        return torch.cat([getattr(at, name) for name in self.predicts], dim=1)
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         """grad log p_t(x), (B, D)."""
@@ -165,19 +163,19 @@ class _Conditional:
         both = field.cross + field.cross.T
         self._covariances = s**2 * field.covariances0 + a**2 * field.covariances1 + a * s * both
         self._covariances = self._covariances + (self._gamma**2)[..., None, None, None] * self._eye
-        parts, factor = _log_components(x, self._means, self._covariances, field.log_weights)
+        parts, white, factor = _log_components(x, self._means, self._covariances, field.log_weights)
         self.log_prob = torch.logsumexp(parts, dim=1)
         self._weights = torch.softmax(parts, dim=1)
-        self._solved = torch.cholesky_solve((x[:, None] - self._means)[..., None], factor)
+        self._solved = _triangular(factor.mT, white, upper=True)
 
     def _mean(self, constant: Tensor | float, with_x: Tensor) -> Tensor:
         """E[y | x_t = x] from the means of y and its covariance with x_t, (..., K, D, D)."""
-        parts = constant + (with_x @ self._solved)[..., 0]
-        return torch.einsum("bk,bkd->bd", self._weights, parts)
+        which = "kij,bkj->bki" if with_x.ndim == 3 else "bkij,bkj->bki"
+        return torch.einsum("bk,bkd->bd", self._weights, constant + torch.einsum(which, with_x, self._solved))
 
     @property
     def score(self) -> Tensor:
-        return -torch.einsum("bk,bkd->bd", self._weights, self._solved[..., 0])
+        return -torch.einsum("bk,bkd->bd", self._weights, self._solved)
 
     @property
     def latent(self) -> Tensor:
@@ -209,11 +207,19 @@ def _one_time(t: Tensor) -> Tensor:
     return t[0] if t.ndim and t.stride(0) == 0 else t
 
 
-def _log_components(x: Tensor, means: Tensor, covariances: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """log(w_k N(x; m_k, C_k)), (B, K), and the Cholesky factors; means and covariances may have a leading B."""
+def _log_components(
+    x: Tensor, means: Tensor, covariances: Tensor, log_weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log(w_k N(x; m_k, C_k)) (B, K), whitened differences (B, K, D), Cholesky factors ([B,] K, D, D)."""
     factor = torch.linalg.cholesky(covariances)
-    difference = (x[:, None] - means)[..., None]
-    white = torch.linalg.solve_triangular(factor, difference, upper=False)[..., 0]
+    white = _triangular(factor, x[:, None] - means, upper=False)
     log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
     d = x.shape[1]
-    return log_weights - 0.5 * white.square().sum(dim=-1) - log_det - 0.5 * d * math.log(2 * math.pi), factor
+    return log_weights - 0.5 * white.square().sum(dim=-1) - log_det - 0.5 * d * math.log(2 * math.pi), white, factor
+
+
+def _triangular(factor: Tensor, values: Tensor, *, upper: bool) -> Tensor:
+    """Solve triangular systems for values (B, K, D); factors shared by all rows are used once each."""
+    if factor.ndim == 4:
+        return torch.linalg.solve_triangular(factor, values[..., None], upper=upper)[..., 0]
+    return torch.linalg.solve_triangular(factor, values.permute(1, 2, 0), upper=upper).permute(2, 0, 1)

@@ -1,8 +1,8 @@
-"""Schroedinger bridges that are known: between two Gaussians in closed form, between weighted points by Sinkhorn's algorithm.
+"""Schroedinger bridges between weighted points, by Sinkhorn's algorithm.
 
 The bridge between two laws is the process closest in relative entropy to dX = sqrt(2 epsilon) dW, started anywhere, among
-those that have these laws at t = 0 and 1. Its ends are coupled by entropic optimal transport with the cost |x1 - x0|^2 / 2
-and the regularisation 2 epsilon, and given its ends it is a Brownian bridge of variance 2 epsilon t (1 - t) (Leonard 1308.0215).
+those that have these laws at t = 0 and 1. Its ends are coupled by entropic optimal transport with cost |x1 - x0|^2 / 2 and
+regularisation 2 epsilon, and given its ends it is a Brownian bridge of variance 2 epsilon t (1 - t) (Leonard 1308.0215).
 """
 
 from __future__ import annotations
@@ -13,104 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-from pantarhei.flow.closed_form import GaussianMixture
-
-
-class GaussianBridge(nn.Module):
-    """The Schroedinger bridge between two Gaussians, in closed form (Bunne et al. 2202.05722; Mallasto et al. 2006.03416).
-
-    It is also a network: on `Interpolant(Linear(), Brownian(2 * epsilon))` it predicts `Fields(names=("drift", "latent"),
-    epsilon=epsilon)` exactly. All fields are finite on the whole of [0, 1].
-
-    Args:
-        source, target: laws of one component.
-        epsilon: of the reference process dX = sqrt(2 epsilon) dW, positive.
-
-    Raises:
-        ValueError: a mixture of several Gaussians, two dimensions, or an epsilon that is not positive.
-    """
-
-    mean0: Tensor
-    mean1: Tensor
-    covariance0: Tensor
-    covariance1: Tensor
-    cross: Tensor
-
-    def __init__(self, source: GaussianMixture, target: GaussianMixture, epsilon: float):
-        super().__init__()
-        for name, law in (("source", source), ("target", target)):
-            if len(law.weights) != 1:
-                raise ValueError(f"{name}: one Gaussian is needed, got a mixture of {len(law.weights)}")
-        if source.dimension != target.dimension:
-            raise ValueError(f"target: dimension {source.dimension} like the source is needed, got {target.dimension}")
-        self.epsilon = check_epsilon(epsilon)
-        self.register_buffer("mean0", source.means[0])
-        self.register_buffer("mean1", target.means[0])
-        self.register_buffer("covariance0", source.covariances[0])
-        self.register_buffer("covariance1", target.covariances[0])
-        self.register_buffer("cross", _entropic_cross(source.covariances[0], target.covariances[0], epsilon))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Forward drift and E[z | x_t], (B, D) to (B, 2 D); t 0-d or (B,)."""
-        t = t.to(x)
-        gamma = torch.sqrt(2 * self.epsilon * t * (1 - t)).reshape(-1, 1)
-        return torch.cat([self.drift(x, t), -gamma * self.score(x, t)], dim=1)
-
-    def mean(self, t: Tensor) -> Tensor:
-        """Mean at t, (*t.shape, D)."""
-        t = t[..., None].to(self.mean0)
-        return (1 - t) * self.mean0 + t * self.mean1
-
-    def covariance(self, t: Tensor) -> Tensor:
-        """Covariance at t, (*t.shape, D, D)."""
-        t = t[..., None, None].to(self.cross)
-        eye = torch.eye(len(self.mean0)).to(self.cross)
-        mixed = self.cross + self.cross.T + 2 * self.epsilon * eye
-        return (1 - t) ** 2 * self.covariance0 + t**2 * self.covariance1 + t * (1 - t) * mixed
-
-    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """The velocity of the ODE with the bridge's marginals, (B, D); t 0-d or (B,)."""
-        return (self.mean1 - self.mean0).to(x) + self._linear(self._rate(t), x, t)
-
-    def score(self, x: Tensor, t: Tensor) -> Tensor:
-        """grad log p_t(x), (B, D)."""
-        return self._linear(-torch.eye(x.shape[1]).to(self.cross), x, t)
-
-    def drift(self, x: Tensor, t: Tensor) -> Tensor:
-        """Of the forward equation dX = drift dt + sqrt(2 epsilon) dW, (B, D)."""
-        return self.velocity(x, t) + self.epsilon * self.score(x, t)
-
-    def backward_drift(self, x: Tensor, t: Tensor) -> Tensor:
-        """Of the equation run from t = 1 down, (B, D)."""
-        return self.velocity(x, t) - self.epsilon * self.score(x, t)
-
-    def cost(self) -> float:
-        """E|x1 - x0|^2 of its ends."""
-        spread = torch.trace(self.covariance0 + self.covariance1 - 2 * self.cross)
-        return float((self.mean1 - self.mean0).square().sum() + spread)
-
-    def sample(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Ends x0 and x1 of `count` paths, each (count, D)."""
-        d = len(self.mean0)
-        joint = torch.cat(
-            [torch.cat([self.covariance0, self.cross], dim=1), torch.cat([self.cross.T, self.covariance1], dim=1)]
-        )
-        noise = torch.randn(count, 2 * d, generator=generator, dtype=joint.dtype, device=joint.device)
-        ends = noise @ torch.linalg.cholesky(joint).T
-        return self.mean0 + ends[:, :d], self.mean1 + ends[:, d:]
-
-    def _rate(self, t: Tensor) -> Tensor:
-        """Covariance of dx_t/dt with x_t; half of it plus its transpose is half the covariance's derivative."""
-        t = t[..., None, None].to(self.cross)
-        eye = torch.eye(len(self.mean0)).to(self.cross)
-        ends = (1 - t) * (self.cross.T - self.covariance0) + t * (self.covariance1 - self.cross)
-        return ends + self.epsilon * (1 - 2 * t) * eye
-
-    def _linear(self, matrix: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """matrix covariance(t)^-1 (x - mean(t)), row by row."""
-        away = (x.to(self.cross) - self.mean(t))[..., None]
-        return (matrix @ torch.linalg.solve(self.covariance(t), away))[..., 0].to(x)
 
 
 class EntropicField(nn.Module):
@@ -136,7 +38,13 @@ class EntropicField(nn.Module):
     log_weights: Tensor
 
     def __init__(
-        self, points: Tensor, potential: Tensor, epsilon: float, *, weights: Tensor | None = None, backward: bool = False
+        self,
+        points: Tensor,
+        potential: Tensor,
+        epsilon: float,
+        *,
+        weights: Tensor | None = None,
+        backward: bool = False,
     ):
         super().__init__()
         self.epsilon, self.backward = check_epsilon(epsilon), backward
@@ -155,7 +63,9 @@ class EntropicField(nn.Module):
         t = t.to(x).reshape(-1, 1)
         left = t if self.backward else 1 - t
         if bool((left <= 0).any()):
-            raise ValueError(f"t: this drift exists for {'t > 0' if self.backward else 't < 1'}, got {t.flatten()[0]:g}")
+            raise ValueError(
+                f"t: this drift exists for {'t > 0' if self.backward else 't < 1'}, got {t.flatten()[0]:g}"
+            )
         points = self.points.to(x)
         # |x - p|^2 without |x|^2, which cancels in the softmax.
         nearness = (x @ points.T - 0.5 * points.square().sum(dim=1)) / (2 * self.epsilon * left)
@@ -170,8 +80,8 @@ class Potentials:
     Attributes:
         x0, x1: the points, (N, D) and (M, D), float64.
         weights0, weights1: their weights, which sum to one.
-        potential0, potential1: (N,) and (M,); the plan is weights0 weights1 exp((potential0 + potential1 - cost) / 2 epsilon)
-            with the cost |x1 - x0|^2 / 2.
+        potential0, potential1: (N,) and (M,); the plan is weights0 weights1
+            exp((potential0 + potential1 - cost) / 2 epsilon) with the cost |x1 - x0|^2 / 2.
         epsilon: of the reference process dX = sqrt(2 epsilon) dW.
         error: sum of the plan's deviations from weights0 (it meets weights1 exactly).
         iterations: how many it took.
@@ -238,8 +148,8 @@ def sinkhorn_potentials(
         epsilon: of the reference process dX = sqrt(2 epsilon) dW; the regularisation is 2 epsilon.
         weights0, weights1: positive weights, (N,) and (M,), normalised here; even by default.
         iterations: at most so many; the number needed grows like 1 / epsilon.
-        tolerance: stop where the plan's row sums deviate from weights0 by this much in all. A warning says so where it is not
-            reached.
+        tolerance: stop where the plan's row sums deviate from weights0 by this much in all; where it is not
+            reached, a warning says so.
 
     Raises:
         ValueError: shapes do not match, a weight, `epsilon` or another number is not positive.
@@ -281,21 +191,6 @@ def check_epsilon(epsilon: float) -> float:
     if not (isinstance(epsilon, (int, float)) and 0 < epsilon < math.inf):
         raise ValueError(f"epsilon: must be a positive number, got {epsilon!r}")
     return float(epsilon)
-
-
-def _entropic_cross(first: Tensor, second: Tensor, epsilon: float) -> Tensor:
-    """Cov(x0, x1) of the plan: with s = 2 epsilon and R = S0^1/2, R ((R S1 R + s^2/4)^1/2 - s/2) R^-1."""
-    dtype = first.dtype
-    root, inverse = _roots(first.double())
-    eye = torch.eye(len(first), dtype=torch.float64, device=first.device)
-    inner, _ = _roots(root @ second.double() @ root + epsilon**2 * eye)
-    return (root @ (inner - epsilon * eye) @ inverse).to(dtype)
-
-
-def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root and its inverse."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
 
 
 def _cost(x0: Tensor, x1: Tensor) -> Tensor:

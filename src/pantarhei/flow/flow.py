@@ -24,7 +24,7 @@ from pantarhei.flow.path_likelihood import PathLikelihood, path_likelihood
 from pantarhei.flow.paths import AffinePath, build_path
 from pantarhei.flow.predictions import Ends, Prediction, PredictionName, as_rows, build_prediction, check_times
 from pantarhei.flow.provenance import Provenance
-from pantarhei.flow.sources import SourceLaw, build_source
+from pantarhei.flow.sources import Law, SourceLaw, build_source
 from pantarhei.flow.stochastic import transport_sde
 from pantarhei.flow.transforms import FieldTransform, Guidance, TransformedField
 from pantarhei.solve import Solution, ode
@@ -55,7 +55,7 @@ class Flow(nn.Module):
         path: the path it was or will be trained on; an `Interpolant` has a latent noise.
         predicts: what its output means: "velocity", "data", "noise", "score", "edm" or a `Prediction`; on an interpolant
             the fields it stacks, such as "velocity+latent" (see `Fields`).
-        source: law of x0; None is the standard normal, a tensor of samples is a data set.
+        source: law of x0; None is the standard normal, a tensor of samples is a data set, a mixture has a density.
         shape: shape of one sample in the flow's space (needed to sample without x0).
         null: for each condition, the value that means "no condition" (enables guidance and dropout).
         conditions: names of conditions without a null value.
@@ -73,7 +73,7 @@ class Flow(nn.Module):
         *,
         path: AffinePath | paths.Path | str | dict[str, Any] = "linear",
         predicts: PredictionName | Prediction | str | dict[str, Any] = "velocity",
-        source: SourceLaw | Tensor | dict[str, Any] | None = None,
+        source: SourceLaw | Law | Tensor | dict[str, Any] | None = None,
         shape: Sequence[int] | None = None,
         null: Mapping[str, Null] | None = None,
         conditions: Sequence[str] = (),

@@ -15,7 +15,7 @@ from pantarhei.flow.conditions import Condition
 from pantarhei.flow.flow import Flow
 
 # Names of the independent streams of one seed.
-NOISE, SOURCE, LABEL = 0, 1, 2
+NOISE, SOURCE, LABEL, PATHS = 0, 1, 2, 3
 Conditions = Callable[[Sequence[int]], dict[str, Tensor]]
 
 
@@ -37,6 +37,19 @@ def numbered_noise(seed: int, numbers: Sequence[int], shape: Sequence[int], *, s
         generator.manual_seed(mix(seed, number, salt))
         out[row] = torch.randn(tuple(shape), generator=generator)
     return out
+
+
+def path_noise(seed: int, numbers: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
+    """The noise of an SDE's steps for these samples, as `solve.sde` takes it: row i depends on (seed, i) only.
+
+    Each row has a stream of its own, so the steps must be asked for once each and in order, as a solver does.
+    """
+    streams = [torch.Generator().manual_seed(mix(seed, number, PATHS)) for number in numbers]
+
+    def draw(step: int, x: Tensor) -> Tensor:
+        return torch.stack([torch.randn(x.shape[1:], generator=stream) for stream in streams]).to(x)
+
+    return draw
 
 
 def numbered_labels(seed: int, numbers: Sequence[int], classes: int) -> Tensor:
@@ -116,10 +129,13 @@ def numbered_samples(
         options: of `Flow.sample`.
     """
     named = numbered_conditions(flow, seed, conditions)
+    stochastic = options.get("epsilon") is not None or getattr(flow.prediction, "names", ()) == ("drift",)
     for first in range(0, len(numbers), batch):
         part = numbers[first : first + batch]
         condition = named(part)
         x0 = numbered_source(flow, seed, part, condition)
+        if stochastic:
+            options["noise"] = path_noise(seed, part)
         x1 = flow.sample(x0=x0, condition=condition or None, **options)
         yield {"x0": x0.float().cpu(), "x1": x1.float().cpu(), **{k: v.cpu() for k, v in condition.items()}}
 

@@ -8,7 +8,7 @@ condition ends near x1: x0 and x1 are no longer independent, and the paths are s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Observation:
         name_of_condition: the network's argument: "context" (an image beside x) or "vector".
     """
 
-    name_of_condition: str = "context"
+    name_of_condition: str = field(default="context", kw_only=True)
 
     # As a source law: x0 given the condition is no standard normal.
     gaussian = False

@@ -65,7 +65,7 @@ def path_likelihood(
         steps: number of steps, or a whole grid. Heun steps; the integral is taken by the trapezoidal rule.
         cap: epsilon is lowered as in `transport_sde`, with the same step length.
         guided: run the paths by the reversed SDE and correct their weights; without it, by the forward drift.
-        divergence, probes: as in `log_likelihood`; probes stay fixed along a path.
+        divergence, probes: as in `log_likelihood`, but with new probes at each step.
         condition: one row a row of x.
         generator: draws noise and probes.
 
@@ -84,7 +84,6 @@ def path_likelihood(
     equation = Equation(flow, epsilon, y, named, 1.0, ())
     equation.place(nodes, cap)
     equation.forward = True  # the forward drift, though time falls
-    directions = None if divergence == "exact" else probe_directions(y, probes, generator)
     calls = 0
 
     def at(y: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,6 +102,8 @@ def path_likelihood(
             score = latent.detach() / -equation.level(t)
             return torch.sub(velocity, latent, alpha=equation.amount(t) / equation.level(t))
 
+        # New probes at each step: kept along a path, their error would grow with it and, exponentiated, raise the mean.
+        directions = None if divergence == "exact" else probe_directions(y, probes, generator)
         value, traces = divergence_of(field, y, directions)
         return value, traces.double().mean(dim=1), score
 

@@ -83,16 +83,26 @@ class Samples:
         return {"name": "samples", "count": len(self.samples), **name}
 
 
+class Law(Protocol):
+    """A law that can be drawn from and evaluated, such as a `GaussianMixture`."""
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws, (count, ...)."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log density, (B,)."""
+
+
 class Density:
-    """x0 drawn from a law that can be drawn from and evaluated, such as a `GaussianMixture`.
+    """x0 drawn from a law with a density.
 
     Args:
-        law: with `sample(count, generator)` and `log_prob(x)`.
+        law: such as a `GaussianMixture`.
     """
 
     gaussian = False
 
-    def __init__(self, law: Any):
+    def __init__(self, law: Law):
         self.law = law
 
     def draw(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -51,7 +51,7 @@ def transport_sde(
     cap: float | None = 0.5,
     last: LastStep | None = None,
     last_step: float | None = None,
-    noise: Sequence[Tensor] | Tensor | None = None,
+    noise: Sequence[Tensor] | Tensor | Callable[[int, Tensor], Tensor] | None = None,
     grid: Any = "uniform",
     shift: float = 1.0,
     condition: ConditionLike = None,
@@ -63,7 +63,7 @@ def transport_sde(
     """Carry states from `times[0]` to `times[1]` with noise, either way; both directions keep the flow's marginals.
 
     The score is unbounded where the noise level (sigma, or gamma on a path with a latent) vanishes: a step that starts at
-    such an end is an Euler step of the plain ODE, and one that ends there is `last`.
+    such an end is an Euler step of the plain ODE (of a predicted drift's own equation), and one that ends there is `last`.
 
     Args:
         flow: with a known score (`Flow.require_score`).
@@ -80,7 +80,7 @@ def transport_sde(
             E[x1 | x_t] (E[x0 | x_t] backwards), which is also Tweedie's formula. Where it is given, the last step is of this
             kind at any noise level; otherwise it is "mean" at a clean end.
         last_step: its length; the others then share the rest evenly.
-        noise: unit normal draws to use, one each noisy step.
+        noise: unit normal draws to use, one each noisy step (see `solve.sde`).
         grid, shift: spacing of the steps, see `make_grid`.
         condition, guidance, transforms: what changes the field (on a path with a latent, all stacked fields of the network's
             output); the score belongs to the changed field.
@@ -103,7 +103,7 @@ def transport_sde(
     options = {"condition": equation.condition, **hooks}
     evaluations = 0
     if clean[0]:
-        opening = ode(equation.velocity, x, nodes[:2], method="euler", steps=1, **options)
+        opening = equation.open(x, nodes[:2], generator, options)
         x, evaluations = opening.x, opening.evaluations
     if len(inner) > 1:
         noisy: Any = sde(
@@ -141,6 +141,7 @@ class Equation:
         # A drift with its own noise is used as it is, and exists also where the score does not.
         self.direct = epsilon == "trained"
         self._epsilon: Any = trained if self.direct else epsilon
+        self._trained = trained
         if not self.direct:
             flow.require_score()
         named = as_condition(condition, flow.null, x.shape[0])
@@ -191,12 +192,24 @@ class Equation:
     def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """v + epsilon s where time rises, v - epsilon s where it falls."""
         if self.direct:
-            return self.flow.prediction.split(self._field(x, t, condition))["drift"]
+            return self.trained_drift(x, t, condition)
         velocity, latent = self.estimates(x, t, condition)
         moment = float(t)
         amount = self.amount(moment)
         factor = amount / self.level(moment) if amount else 0.0
         return torch.add(velocity, latent, alpha=-factor if self.forward else factor)
+
+    def open(self, x: Tensor, times: Sequence[float], generator: Any, options: dict[str, Any]) -> Solution:
+        """The step that starts at a clean end: an Euler step of the ODE, or of the drift where there is none."""
+        if self._trained is None:
+            return ode(self.velocity, x, times, method="euler", steps=1, **options)
+        trained = self._trained
+        amplitude = math.sqrt(2 * trained(times[0]))
+        return sde(self.trained_drift, amplitude, x, times, generator=generator, **options)
+
+    def trained_drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        """The drift that the network predicts, of the equation with the noise it was trained with."""
+        return self.flow.prediction.split(self._field(x, t, condition))["drift"]
 
     def ends(self, x: Tensor, t: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         """E[x1 | x_t] and E[x0 | x_t]."""

@@ -184,6 +184,7 @@ def evaluate_flow(
     conditions: Any | None = None,
     batch: int = 256,
     progress: bool = False,
+    noise: dict[str, Any] | None = None,
 ) -> Evaluation:
     """Sample with each number of steps from the same noise, and score.
 
@@ -198,6 +199,7 @@ def evaluate_flow(
         conditions: see `numbered_conditions`.
         batch: rows at a time.
         progress: show a progress line.
+        noise: options of `Flow.sample` for a stochastic equation (`epsilon`, its `method`, ...), instead of `method`.
 
     Raises:
         ValueError: for count < 10 or steps < 1.
@@ -222,9 +224,8 @@ def evaluate_flow(
                 conditions=conditions,
                 batch=batch,
                 steps=number,
-                method=method,
                 guidance=guidance,
-                **tolerance,
+                **(noise or {"method": method, **tolerance}),
             )
             try:
                 samples = join(batches)
@@ -242,7 +243,7 @@ def evaluate_flow(
         memory.held_out_low,
         count,
         len(reference.train),
-        method,
+        f"{method}, stochastic" if noise else method,
         guidance,
         seed,
     )

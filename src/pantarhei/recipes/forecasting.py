@@ -102,7 +102,7 @@ def build_task(config: ForecastConfig, seed: int) -> FlowTask:
     shape = tuple(train.shape[2:])
     if len(shape) not in (1, 3):
         raise ValueError(f"data: states must be points (D,) or fields (C, H, W), got {shape}")
-    present = Present(condition_name(shape))
+    present = Present(name_of_condition=condition_name(shape))
     pairs = series_pairs(train, config.lag)
     change = float((pairs["x1"] - pairs["past"]).square().mean().sqrt())
     notes: dict[str, Any] = {"forecast": config.kind, "mean": mean, "scale": scale, "lag": config.lag}

@@ -28,7 +28,7 @@ def sde(
     *,
     steps: int | Sequence[float] | Tensor | None = None,
     method: SDEMethodName | SDEStep = "euler_maruyama",
-    noise: Sequence[State] | Tensor | None = None,
+    noise: Sequence[State] | Tensor | Callable[[int, State], State] | None = None,
     generator: torch.Generator | None = None,
     condition: Any = None,
     before_step: Hook | None = None,
@@ -49,7 +49,8 @@ def sde(
             drift of weak order 2 for additive noise; for state-dependent noise it solves the Stratonovich equation),
             "noised_heun" (the noise first, then a deterministic Heun step from there; Karras et al. 2206.00364, SiT), or a
             function `(drift, amplitude, x, t, t_end, draw) -> x` of one step.
-        noise: standard normal draws to use, one a step: a tensor (steps, *x.shape) or a sequence of states.
+        noise: standard normal draws to use, one a step: a tensor (steps, *x.shape), a sequence of states, or a function of
+            the step's number and the state.
         generator: draws the noise where `noise` is None.
         condition, before_step, after_step, observe: as in `ode`.
 
@@ -69,7 +70,7 @@ def sde(
         raise ValueError(
             "times: an SDE is reported at nodes of its grid only; give steps= as a grid that contains them"
         )
-    if noise is not None and len(noise) != len(grid) - 1:
+    if noise is not None and not callable(noise) and len(noise) != len(grid) - 1:
         raise ValueError(f"noise: one draw a step is needed, {len(grid) - 1}, got {len(noise)}")
     field = CountedField(drift, condition)
     amplitude = _amplitude(diffusion)
@@ -78,7 +79,10 @@ def sde(
         observe(x, grid[0], 0)
     for i, (t, end) in enumerate(pairwise(grid)):
         x = _hooked(before_step, x, t, i)
-        draw = noise[i] if noise is not None else map_state(lambda leaf: _normal_like(leaf, generator), x)
+        if noise is None:
+            draw = map_state(lambda leaf: _normal_like(leaf, generator), x)
+        else:
+            draw = noise(i, x) if callable(noise) else noise[i]
         x = _hooked(after_step, advance(field, amplitude, x, t, end, draw), end, i)
         if observe is not None:
             observe(x, end, i + 1)

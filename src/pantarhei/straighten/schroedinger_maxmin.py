@@ -1,9 +1,12 @@
 """Schroedinger bridges by max-min over the interpolant (Albergo et al. 2303.08797, section 3.4).
 
 For a given interpolant I(t, x0, x1) + gamma z the forward drift u is the minimiser of
-J(I, u) = int E[|u|^2 / 2 - (d_t I + (gamma' - epsilon / gamma) z) . u] dt, where -J is half its kinetic energy int E|u|^2 dt. The
-interpolant that makes the energy least, max over I of min over u of J, has the bridge's density, and its drift is the bridge's.
-The paper gives no numerics: here I = (1 - t) x0 + t x1 + t (1 - t) N(t, x0, x1), and u takes many steps for one of N.
+
+    J(I, u) = int E[|u|^2 / 2 - (d_t I + (gamma' - epsilon / gamma) z) . u] dt,
+
+and J at u is minus half its kinetic energy, int E|u|^2 dt. The interpolant of the least energy, max over I of min over u of
+J, has the bridge's density, and its drift is the bridge's. The paper gives no numerics: here I is
+(1 - t) x0 + t x1 + t (1 - t) N(t, x0, x1), and u takes several steps for one of N.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ from pantarhei.flow import Flow
 from pantarhei.flow.couplings import Coupling, Independent
 from pantarhei.flow.objectives import draw_pairs, draw_times
 from pantarhei.flow.times import Uniform
-from pantarhei.solve.state import per_row
 from pantarhei.straighten.schroedinger import Bridge, check_bridge_flow
 from pantarhei.training import Average, Optimization, Task, Trained, Update, held, train
 
@@ -33,7 +35,7 @@ EDGE = 2e-4  # distance kept from the ends, where gamma' is infinite
 class BentLine(nn.Module):
     """The interpolant (1 - t) x0 + t x1 + t (1 - t) N(t, x0, x1) between points; N starts at zero.
 
-    N sees the time as it is: an embedding of high frequencies would make its derivative, which the objective has in it, rough.
+    N sees the time as it is: the objective has its derivative in it, which high frequencies would make rough.
 
     Args:
         dimension: of the points.
@@ -46,9 +48,7 @@ class BentLine(nn.Module):
     def __init__(self, dimension: int, width: int = 64, layers: int = 2):
         super().__init__()
         if min(dimension, width, layers) < 1:
-            raise ValueError(
-                f"dimension, width, layers: must be at least 1, got {dimension}, {width} and {layers}"
-            )
+            raise ValueError(f"dimension, width, layers: must be at least 1, got {dimension}, {width} and {layers}")
         inner: list[nn.Module] = [nn.Linear(2 * dimension + 1, width), nn.SiLU()]
         for _ in range(layers - 1):
             inner += [nn.Linear(width, width), nn.SiLU()]
@@ -61,8 +61,8 @@ class BentLine(nn.Module):
         """The point at t (B,) and its derivative in t, each (B, D)."""
         s = t[:, None].to(x0)
         ends = torch.cat([x0, x1], dim=1)
-        bend, rate = torch.func.jvp(lambda u: self.bend(torch.cat([ends, u], dim=1)), (s,), (torch.ones_like(s),))
-        room = s * (1 - s)
+        moved: Any = torch.func.jvp(lambda u: self.bend(torch.cat([ends, u], dim=1)), (s,), (torch.ones_like(s),))
+        (bend, rate), room = moved, s * (1 - s)
         return (1 - s) * x0 + s * x1 + room * bend, x1 - x0 + (1 - 2 * s) * bend + room * rate
 
 
@@ -100,8 +100,10 @@ class MaxMin(Task):
     ):
         super().__init__()
         check_bridge_flow(flow)
-        if "drift" not in flow.prediction.names or flow.conditions:
-            raise ValueError("flow: the max-min bridge needs a flow of bridge_flow that predicts its drift, without conditions")
+        if "drift" not in flow.prediction.names or flow.conditions or flow.codec is not None:
+            raise ValueError(
+                "flow: the max-min bridge needs a flow of bridge_flow that predicts its drift, without conditions"
+            )
         if inner < 1 or alone < 0:
             raise ValueError(f"inner, alone: at least 1 and 0 are needed, got {inner} and {alone}")
         self.flow, self.interpolant, self.data = flow, interpolant, as_source(data)
@@ -123,7 +125,8 @@ class MaxMin(Task):
         yield Update(sum(losses.values(), torch.zeros(())), "fields", {k: v.detach() for k, v in losses.items()})
         if self.alone <= self.iteration < self.length - self.alone and self.iteration % self.inner == 0:
             with held(self.flow.network) as fields:
-                energy = -self._inner(fields, *self.interpolant(x0, x1, t), z, t)["drift"]
+                point, rate = self.interpolant(x0, x1, t)
+                energy = -self._inner(fields, point, rate, z, t)["drift"]
             yield Update(energy, "interpolant", {"energy": energy.detach()})
 
     def result(self) -> Flow:
@@ -185,7 +188,9 @@ def maxmin_bridge(
     """
     if interpolant is None:
         if flow.shape is None or len(flow.shape) != 1:
-            raise ValueError(f"interpolant: for samples of shape {flow.shape} give a network of your own; BentLine takes points")
+            raise ValueError(
+                f"interpolant: for samples of shape {flow.shape} give a network of your own; BentLine takes points"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seeded(seed, 72).initial_seed()) % 2**31)
             interpolant = BentLine(flow.shape[0])
