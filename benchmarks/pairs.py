@@ -14,7 +14,7 @@ import torch
 
 from harness import Bound, Measure, Peer, Record, compare, seconds, use_threads
 from pantarhei.flow import Flow
-from pantarhei.recipes.rectified_flow import NetworkConfig, build_network
+from pantarhei.recipes.backbones import NetworkConfig, build_network
 from pantarhei.straighten import Solver, make_pairs
 
 COUNT, STEPS, BATCH, SHAPE, CLASSES = 512, 12, 256, (1, 8, 8), 10

@@ -51,3 +51,15 @@ def rectified_flow_modules() -> tuple[Any, Any]:
         if missing:
             del sys.modules["torchvision"]
     return RectifiedFlow, EulerSampler
+
+
+def flow_matching_solver() -> Any:
+    """flow_matching's `ODESolver`; its discrete solver, imported beside it, asks for tqdm, which is then not used."""
+    peer("flow_matching")
+    if "tqdm" not in sys.modules and importlib.util.find_spec("tqdm") is None:
+        stand_in = ModuleType("tqdm")
+        stand_in.tqdm = iter  # type: ignore[attr-defined]
+        sys.modules["tqdm"] = stand_in
+    from flow_matching.solver import ODESolver
+
+    return ODESolver

@@ -17,6 +17,8 @@ SUITE = (
     "solve_rows",
     "train_unet",
     "rectified_flow_peer",
+    "likelihood_peer",
+    "sde_driver",
     "ncsnpp",
     "pairs",
     "time_to_quality",

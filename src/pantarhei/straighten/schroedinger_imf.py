@@ -73,6 +73,7 @@ def markovian_fitting(
     rounds: int = 4,
     pairs: int = 20_000,
     iterations: int = 2000,
+    last: int | None = None,
     start: Literal["independent", "entropic"] | Coupling = "independent",
     steps: int = 50,
     seed: int = 0,
@@ -93,6 +94,7 @@ def markovian_fitting(
             even ones from the source up. One fit comes before them.
         pairs: size of each coupling.
         iterations: training length of each fit.
+        last: training length of the last fit, where that is another one: the couplings before it need no great precision.
         start: the first coupling: "independent", "entropic" (by Sinkhorn's algorithm in batches of 500), or any coupling.
         steps: of each simulation.
         seed: of couplings and trainings.
@@ -118,8 +120,10 @@ def markovian_fitting(
     options = {"progress": False, "tensorboard": False, "checkpoint_every": max(iterations, 1), **options}
     with tempfile.TemporaryDirectory() as unkept:
         folder = Path(to if to is not None else unkept)
-        described = {"pairs": pairs, "iterations": iterations, "steps": steps, "seed": seed, "start": first.name}
-        described["first_weights"] = fingerprint(flow.network)
+        described: dict[str, Any] = {"pairs": pairs, "iterations": iterations, "steps": steps, "seed": seed}
+        if last is not None:
+            described |= {"last": last, "rounds": rounds}
+        described |= {"start": first.name, "first_weights": fingerprint(flow.network)}
         done, flow = _kept(folder, flow, described, rounds)
         for number in range(done, rounds + 1):
             draws = seeded(seed, number, 70, device=flow.device)
@@ -127,7 +131,8 @@ def markovian_fitting(
             fresh = flow.like(copy.deepcopy(flow.network).requires_grad_(True), **_provenance(flow, first, number))
             task = FlowTask(fresh, objective, coupled, optimization=optimization, average=average)
             each = mix(seed, number, 71) % 2**31
-            train(task, folder / f"fit-{number}", iterations=iterations, seed=each, resume=True, **options)
+            length = iterations if last is None or number < rounds else last
+            train(task, folder / f"fit-{number}", iterations=length, seed=each, resume=True, **options)
             flow = task.result()
             flow.save_pretrained(folder / f"round-{number}")
             write_json(folder / PROGRESS, {**described, "done": number + 1})

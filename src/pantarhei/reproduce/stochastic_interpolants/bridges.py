@@ -71,7 +71,7 @@ def gaussians(settings: Settings) -> dict[str, float]:
     source, target = _mixture([1.0], [0.0], [1.0]), _mixture([1.0], [1.0], [4.0])
     data = target.sample(settings.size(DATA), seeded(settings.seed, 80)).float()
     case = Case(source, target, 0.5, exact.drift, exact.backward_drift, exact.sample, exact.cost(), data)
-    bridges = {"imf": _imf(case, settings, 1000), "maxmin": _maxmin(case, settings, 4000)}
+    bridges = {"imf": _imf(case, settings, 800), "maxmin": _maxmin(case, settings, 4000)}
     found = _compare(case, bridges, settings)
     if settings.pictures:
         _draw_drifts(case, bridges, 0.5, (-3, 4), "two Gaussians").savefig(
@@ -84,7 +84,7 @@ def two_modes(settings: Settings) -> dict[str, float]:
     """N(0, 1) to two modes by both methods; and two modes to two other ones by iterated fitting; epsilon 0.5."""
     modes = _mixture([0.4, 0.6], [-2.0, 2.0], [0.16, 0.16])
     case = _numeric(_mixture([1.0], [0.0], [1.0]), modes, 0.5, 0.01, settings)
-    bridges = {"imf": _imf(case, settings, 2000), "maxmin": _maxmin(case, settings, 6000)}
+    bridges = {"imf": _imf(case, settings, 1500), "maxmin": _maxmin(case, settings, 6000)}
     found = _compare(case, bridges, settings)
     if settings.pictures:
         _draw_drifts(case, bridges, 0.3, (-3, 3), "N(0, 1) to two modes").savefig(
@@ -93,12 +93,12 @@ def two_modes(settings: Settings) -> dict[str, float]:
     # A fifth of the mass has to change sides, which independent pairs cross far more often.
     source, target = _mixture([0.5, 0.5], [-1.5, 1.5], [0.16, 0.16]), _mixture([0.3, 0.7], [-2.0, 2.0], [0.09, 0.09])
     both = _numeric(source, target, 0.5, 0.01, settings)
-    more = _compare(both, {"imf": _imf(both, settings, 2000)}, settings)
+    more = _compare(both, {"imf": _imf(both, settings, 1500)}, settings)
     return {**found, **{f"both_{name}": value for name, value in more.items()}}
 
 
 def moons(settings: Settings) -> dict[str, float]:
-    """N(0, I) to two moons in the plane with epsilon 0.3, by both methods."""
+    """N(0, I) to two moons in the plane with epsilon 0.3, by both methods; max-min stays above 10 % here."""
     angle = (torch.arange(100, dtype=torch.float64) + 0.5) * math.pi / 100
     arc = torch.stack([angle.cos(), angle.sin()], dim=1)
     centres = 1.5 * (torch.cat([arc, torch.stack([1 - arc[:, 0], 0.5 - arc[:, 1]], dim=1)]) - torch.tensor([0.5, 0.25]))
@@ -108,7 +108,7 @@ def moons(settings: Settings) -> dict[str, float]:
     case = _numeric(GaussianMixture.standard(2), target, 0.3, 0.05, settings)
     data = TOYS["two_moons"](settings.size(DATA), seeded(settings.seed, 80))
     case = Case(**{**case.__dict__, "data": data})
-    bridges = {"imf": _imf(case, settings, 4000, width=128), "maxmin": _maxmin(case, settings, 8000, width=128)}
+    bridges = {"imf": _imf(case, settings, 2000, width=96), "maxmin": _maxmin(case, settings, 6000)}
     found = _compare(case, bridges, settings)
     if settings.pictures:
         start = torch.randn(150, 2, generator=seeded(settings.seed, 85))
@@ -152,8 +152,9 @@ def _imf(case: Case, settings: Settings, iterations: int, width: int = 64) -> Br
         case.flow(settings.seed, width),
         case.data,
         rounds=3,
-        pairs=size(60_000),
+        pairs=size(40_000),
         iterations=size(iterations),
+        last=size(3 * iterations),
         steps=40,
         seed=settings.seed,
         optimization=Optimization(lr=2e-3, decay="cosine", warmup=20),
