@@ -228,6 +228,14 @@ def test_antithetic_pairs_bound_the_variance_near_an_end():
     assert spread[1] > 10 * spread[0]
 
 
+def test_the_objective_of_other_paths_is_refused_and_the_right_one_is_the_default():
+    flow = pr.Flow(MLP(MLPConfig(2, 16, 2)), path=si.linear(), source=SOURCE, shape=(2,))
+    batch = {"x1": torch.randn(8, 2)}
+    with pytest.raises(ValueError, match="train with flow"):
+        pr.FlowMatching()(flow, batch, None)
+    assert isinstance(pr.FlowTask(flow, data=batch["x1"]).objective, Interpolation)
+
+
 def test_the_objective_trains():
     torch.manual_seed(0)
     network = MLP(MLPConfig(2, 32, 2, fields=2))
@@ -318,7 +326,14 @@ def test_the_foellmer_process_leaves_one_point():
             return c.alpha_dot * data + c.sigma_dot * vector - t.sqrt()[:, None] * latent
 
     fields = Fields(names=("drift",), epsilon="foellmer", start="vector")
-    flow = pr.Flow(Drift(), path=path, predicts=fields, source=Present(name_of_condition="vector"), shape=(1,), conditions=("vector",))
+    flow = pr.Flow(
+        Drift(),
+        path=path,
+        predicts=fields,
+        source=Present(name_of_condition="vector"),
+        shape=(1,),
+        conditions=("vector",),
+    )
     past = torch.full((20_000, 1), -1.0, dtype=KIND)
     for amount in (None, 0.2):  # its own noise, and another
         generator = torch.Generator().manual_seed(0)

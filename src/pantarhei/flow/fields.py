@@ -105,6 +105,14 @@ class Fields(Prediction):
         }
         return {name: makers[name]() for name in self.names}
 
+    def target(self, path: Any, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        """There is no target without the latent.
+
+        Raises:
+            ValueError: always; it names the objective that draws one.
+        """
+        raise ValueError("objective: on a path with a latent train with flow.Interpolation, which draws the latent")
+
     def latent(self, path: Interpolant, x: Tensor, t: Tensor, output: Tensor, x0: Tensor | None = None) -> Tensor:
         """ez = E[z | x_t].
 

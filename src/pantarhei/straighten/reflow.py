@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pantarhei.flow import Flow, FlowMatching
+from pantarhei.flow import Flow, FlowMatching, Interpolant
 from pantarhei.flow.couplings import Pairs
 from pantarhei.flow.numbered import Conditions
 from pantarhei.flow.times import TimeLaw, Uniform
@@ -45,6 +45,11 @@ def reflow_task(
         ValueError: the pairs are not finished, swapped, of another shape or of another teacher.
     """
     flow.require_field()
+    if isinstance(flow.path, Interpolant):
+        raise ValueError(
+            "flow: its path has a latent, which pairs of its ODE do not need; train a straight flow on them instead "
+            "(Flow(path='linear', source=...) and any_teacher=True)"
+        )
     check_pairs(pairs, flow, any_teacher=any_teacher)
     kept_notes = {key: value for key, value in flow.provenance.notes.items() if key != "steps"}
     notes = {**kept_notes, "pairs": len(pairs), "guidance_in_pairs": pairs.header["guidance"]}

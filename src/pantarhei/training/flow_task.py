@@ -12,7 +12,7 @@ from torch import Tensor
 from pantarhei import networks
 from pantarhei.data.seeds import generator as seeded
 from pantarhei.data.sources import as_source
-from pantarhei.flow import Flow, FlowMatching, Objective, evaluation_mode
+from pantarhei.flow import Flow, FlowMatching, Interpolant, Interpolation, Objective, evaluation_mode
 from pantarhei.flow.numbered import numbered_noise
 from pantarhei.training.averages import Average
 from pantarhei.training.task import Optimization, Task, Trained, Update
@@ -23,7 +23,8 @@ class FlowTask(Task):
 
     Args:
         flow: the flow; its network is trained in place.
-        objective: `objective(flow, batch, generator) -> (loss, log)`; flow matching by default.
+        objective: `objective(flow, batch, generator) -> (loss, log)`; flow matching by default, `Interpolation` on a path
+            with a latent.
         data: a data source, a tensor, a dict of tensors or a torch Dataset.
         held_out: more of the same, for validation and the best checkpoint.
         optimization: optimiser settings.
@@ -46,7 +47,8 @@ class FlowTask(Task):
         if data is None:
             raise ValueError("data: a data source, tensor, dict of tensors or Dataset is needed")
         self.flow = flow
-        self.objective = objective or FlowMatching()
+        default = Interpolation() if isinstance(flow.path, Interpolant) else FlowMatching()
+        self.objective = objective or default
         self.data = as_source(data)
         self.held_out = None if held_out is None else as_source(held_out)
         self.groups = {"network": Trained(("flow.network",), optimization or Optimization())}
