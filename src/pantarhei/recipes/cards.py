@@ -24,7 +24,7 @@ def write_card(run: Run, result: TrainResult, *, notes: str = "") -> Path:
         "| | |",
         "|---|---|",
         f"| data | {provenance['data'] or config['data'].get('name', '')} |",
-        f"| path, prediction | {flow['path']['name']}, {flow['predicts']['name']} |",
+        f"| path, prediction | {_path(flow['path'])}, {_fields(flow['predicts'])} |",
         f"| network | {_settings(network)} |",
         f"| coupling | {provenance['coupling']}, rectified {provenance['rectified']}x |",
         f"| training | {result.iteration:,} iterations of batch {loop['batch']}, seed {loop['seed']}, {loop['precision']}, "
@@ -45,6 +45,17 @@ def write_card(run: Run, result: TrainResult, *, notes: str = "") -> Path:
     if notes:
         lines += ["", notes]
     return write_atomically(run.folder / "README.md", ("\n".join(lines) + "\n").encode())
+
+
+def _path(spec: dict[str, Any]) -> str:
+    if spec["name"] != "interpolant":
+        return str(spec["name"])
+    ends = spec["ends"].get("base", spec["ends"])
+    return f"interpolant: {ends['name']} with a latent {_settings(spec['gamma'])}"
+
+
+def _fields(spec: dict[str, Any]) -> str:
+    return "+".join(spec.get("names", [spec["name"]]))
 
 
 def _settings(values: dict[str, Any]) -> str:

@@ -1,0 +1,135 @@
+"""The commands on stochastic interpolants and forecasts, as a user would type them; tiny runs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pantarhei.cli.main import main
+from pantarhei.files import read_tensors
+
+SMALL = ["--width", "16", "--preview-every", "0", "--no-tensorboard"]
+
+
+def train(out, *options, recipe="stochastic-interpolants", iterations=20):
+    return main(["train", recipe, "--out", str(out), "--iterations", str(iterations), *SMALL, *options])
+
+
+@pytest.fixture(scope="module")
+def bridge(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "bridge"
+    assert train(out, "--data", "two_moons", "--source", "circles") == 0
+    return out
+
+
+def samples(folder):
+    return read_tensors(folder / "samples.safetensors")
+
+
+def test_noise_is_chosen_at_sampling(bridge, tmp_path):
+    found = {}
+    for name, options in {
+        "ode": [],
+        "sde": ["--sde", "--epsilon", "0.5"],
+        "again": ["--sde", "--epsilon", "0.5", "--batch", "7"],
+        "heun": ["--sde", "--method", "heun", "--form", "bump", "--last", "denoise", "--last-step", "0.05"],
+    }.items():
+        assert (
+            main(["sample", str(bridge), "--out", str(tmp_path / name), "--count", "20", "--steps", "8", *options]) == 0
+        )
+        found[name] = samples(tmp_path / name)
+        assert (tmp_path / name / "samples.png").is_file()
+    assert torch.equal(found["ode"]["x0"], found["sde"]["x0"])
+    assert not torch.allclose(found["ode"]["x"], found["sde"]["x"], atol=0.05)
+    # Sample i depends on the seed and i only, its noise on the way included.
+    assert torch.allclose(found["sde"]["x"], found["again"]["x"], atol=1e-5)
+
+
+def test_the_rest_of_the_commands_on_a_bridge(bridge, tmp_path, capsys):
+    assert main(["info", str(bridge)]) == 0
+    assert main(["invert", str(bridge), "--out", str(tmp_path / "back"), "--count", "8", "--steps", "4"]) == 0
+    options = ["--steps", "4", "--count", "50", "--sde", "--epsilon", "0.3"]
+    assert main(["evaluate", str(bridge), *options, "--out", str(tmp_path / "evaluation.json")]) == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["method"] == "euler, stochastic"
+    capsys.readouterr()
+    assert train(bridge, "--data", "two_moons", "--source", "circles", "--resume", iterations=30) == 0
+    card = (bridge / "README.md").read_text()
+    assert "velocity+latent" in card
+    assert "interpolant" in card
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sde", "--epsilon", "-1"], "epsilon"),
+        (["--sde", "--method", "rk4"], "--sde"),
+        (["--sde", "--form", "diffusion"], "one-sided"),
+        (["--sde", "--last-step", "2"], "last_step"),
+    ],
+)
+def test_bad_options_are_one_line(bridge, tmp_path, capsys, options, message):
+    assert main(["sample", str(bridge), "--out", str(tmp_path / "no"), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_flow_without_a_score_says_how_to_get_one(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(out, "--data", "two_moons", "--source", "circles", "--gamma", "none", iterations=2) == 0
+    assert main(["sample", str(out), "--out", str(tmp_path / "s"), "--count", "4", "--sde"]) == 2
+    assert "velocity+latent" in capsys.readouterr().err
+
+
+def test_mirror_and_inpainting_start_from_data(tmp_path):
+    out = tmp_path / "mirror"
+    assert train(out, "--data", "two_moons", "--path", "mirror", iterations=2) == 0
+    assert main(["sample", str(out), "--out", str(tmp_path / "m"), "--count", "6", "--steps", "4", "--sde"]) == 0
+    out = tmp_path / "inpaint"
+    assert train(out, "--observe", "inpainting", "--networks", "two", iterations=2) == 0
+    for name, options in (("i", ["--sde", "--epsilon", "0.2"]), ("j", [])):
+        assert main(["sample", str(out), "--out", str(tmp_path / name), "--count", "4", "--steps", "3", *options]) == 0
+    found = samples(tmp_path / "i")
+    mask = found["context"][:, -1:]
+    assert torch.equal(found["x0"] * mask, found["context"][:, :1] * mask)
+    assert (tmp_path / "i" / "starts.png").is_file()
+
+
+def test_forecasts(tmp_path, capsys):
+    draws = np.random.default_rng(0)
+    np.save(tmp_path / "series.npy", draws.normal(size=(12, 10, 2)).cumsum(axis=1).astype(np.float32))
+    data = ["--data", str(tmp_path / "series.npy")]
+    for kind in ("bridge", "regressor"):
+        assert train(tmp_path / kind, *data, "--kind", kind, recipe="forecasting", iterations=5) == 0
+    assert "pantarhei forecast" in capsys.readouterr().out
+    against = [
+        "--against",
+        str(tmp_path / "regressor"),
+        "--leads",
+        "1",
+        "3",
+        "--members",
+        "4",
+        "--cases",
+        "8",
+        "--steps",
+        "3",
+    ]
+    assert main(["forecast", str(tmp_path / "bridge"), "--out", str(tmp_path / "f"), *against]) == 0
+    table = capsys.readouterr().out
+    assert "persistence" in table
+    assert "regressor" in table
+    scores = json.loads((tmp_path / "f" / "forecast.json").read_text())["scores"]
+    assert {(row["name"], row["lead"]) for row in scores} == {
+        (name, lead) for name in ("persistence", "bridge", "regressor") for lead in (1, 3)
+    }
+    assert read_tensors(tmp_path / "f" / "forecast.safetensors")["members"].shape == (4, 2, 2)
+    assert (tmp_path / "f" / "forecast.png").is_file()
+    assert main(["forecast", str(tmp_path / "bridge"), "--out", str(tmp_path / "g"), "--leads", "40"]) == 2
+    assert "do not fit" in capsys.readouterr().err
+
+
+def test_only_forecasts_are_forecast(bridge, tmp_path, capsys):
+    assert main(["forecast", str(bridge), "--out", str(tmp_path / "f")]) == 2
+    assert "train forecasting" in capsys.readouterr().err
