@@ -4,10 +4,12 @@ from pantarhei.flow import couplings, interpolants, objectives, paths, predictio
 from pantarhei.flow.closed_form import GaussianMixture, MixtureField
 from pantarhei.flow.conditions import Condition
 from pantarhei.flow.control import kl_control, loss_gap
+from pantarhei.flow.entropic import EntropicField, Potentials, sinkhorn_potentials
 from pantarhei.flow.feature_jacobian import FeatureJacobian
 from pantarhei.flow.fields import Fields
 from pantarhei.flow.flow import Flow, evaluation_mode
 from pantarhei.flow.gammas import Gamma
+from pantarhei.flow.gaussian_bridge import GaussianBridge
 from pantarhei.flow.grids import make_grid
 from pantarhei.flow.interpolants import Interpolant
 from pantarhei.flow.interpolation import Interpolation
@@ -25,12 +27,14 @@ from pantarhei.flow.transforms import FieldTransform, Guidance, Stretched
 __all__ = [
     "Condition",
     "EmpiricalField",
+    "EntropicField",
     "FeatureJacobian",
     "FieldTransform",
     "Fields",
     "Flow",
     "FlowMatching",
     "Gamma",
+    "GaussianBridge",
     "GaussianMixture",
     "GradientPyramid",
     "Guidance",
@@ -44,6 +48,7 @@ __all__ = [
     "Observation",
     "PathLikelihood",
     "Perceptual",
+    "Potentials",
     "Present",
     "Provenance",
     "PseudoHuber",
@@ -64,6 +69,7 @@ __all__ = [
     "path_likelihood",
     "paths",
     "predictions",
+    "sinkhorn_potentials",
     "sources",
     "squared",
     "times",

@@ -19,7 +19,7 @@ SYSTEMS = (
     System("rectified-flow-plus-plus", "Improving the Training of Rectified Flows, 2405.20320"),
     System("rectified-diffusion", "Straightness Is Not Your Need in Rectified Flow, 2410.07303"),
     System("consistency-trajectory-models", "Consistency Trajectory Models, 2310.02279"),
-    System("stochastic-interpolants", "Stochastic Interpolants, 2303.08797"),
+    System("stochastic-interpolants", "Stochastic Interpolants, 2303.08797", "complete"),
     System("adjoint-dpm", "AdjointDPM, 2307.10711"),
     System("mmdit", "Scaling Rectified Flow Transformers, 2403.03206"),
     System("triflow", "Taming Feed-forward Reconstruction Models, 2501.00651"),

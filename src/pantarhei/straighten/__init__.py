@@ -1,9 +1,12 @@
-"""Fewer steps: pairs, reflow, distillation; straightness, and what a rectification does to a coupling."""
+"""Fewer steps: pairs, reflow, distillation, Schroedinger bridges; straightness, and what a rectification does to a coupling."""
 
 from pantarhei.straighten.analysis import Balance, MarginalCheck, balance, check_marginals
 from pantarhei.straighten.distillation import check_teacher, distil, distillation_task
 from pantarhei.straighten.pairs import PairReport, Solver, inspect_pairs, make_pairs
 from pantarhei.straighten.reflow import reflow, reflow_task
+from pantarhei.straighten.schroedinger import Bridge, bridge_flow
+from pantarhei.straighten.schroedinger_imf import Entropic, markovian_fitting
+from pantarhei.straighten.schroedinger_maxmin import BentLine, MaxMin, maxmin_bridge
 from pantarhei.straighten.stores import (
     ArrayPairs,
     OnlinePairs,
@@ -20,13 +23,18 @@ __all__ = [
     "COSTS",
     "ArrayPairs",
     "Balance",
+    "BentLine",
+    "Bridge",
+    "Entropic",
     "MarginalCheck",
+    "MaxMin",
     "OnlinePairs",
     "PairReport",
     "PairSource",
     "Solver",
     "Straightness",
     "balance",
+    "bridge_flow",
     "check_marginals",
     "check_pairs",
     "check_teacher",
@@ -35,6 +43,8 @@ __all__ = [
     "find_pairs",
     "inspect_pairs",
     "make_pairs",
+    "markovian_fitting",
+    "maxmin_bridge",
     "open_pairs",
     "pair_folder",
     "reflow",

@@ -70,7 +70,7 @@ def markovian_fitting(
     data: Any,
     *,
     to: str | Path | None = None,
-    rounds: int = 4,
+    rounds: int = 3,
     pairs: int = 20_000,
     iterations: int = 2000,
     last: int | None = None,
@@ -91,7 +91,8 @@ def markovian_fitting(
         to: folder that keeps the weights of every round, so that a killed call with the same arguments goes on where it
             was; None keeps nothing.
         rounds: how often the process is simulated to couple the ends anew; the odd rounds run it from the data down, the
-            even ones from the source up. One fit comes before them.
+            even ones from the source up. One fit comes before them. After an odd number the last fit has seen the data
+            themselves, which suits the forward drift.
         pairs: size of each coupling.
         iterations: training length of each fit.
         last: training length of the last fit, where that is another one: the couplings before it need no great precision.
@@ -113,11 +114,9 @@ def markovian_fitting(
     if flow.conditions or flow.codec is not None:
         raise ValueError("flow: this fits flows without conditions and codec; encode the data first")
     source = as_source(data)
-    first: Any = {"independent": Independent(), "entropic": Entropic(Bridge(flow).epsilon)}.get(start, start)  # type: ignore[arg-type]
-    if isinstance(first, str):
-        raise ValueError(f"start: must be 'independent', 'entropic' or a coupling, got {start!r}")
+    first = _first_coupling(start, Bridge(flow).epsilon)
     objective = Interpolation(times=times or Uniform(), coupling=Pairs())
-    options = {"progress": False, "tensorboard": False, "checkpoint_every": max(iterations, 1), **options}
+    options = {"progress": False, "tensorboard": False, "checkpoint_every": max(iterations, last or 1), **options}
     with tempfile.TemporaryDirectory() as unkept:
         folder = Path(to if to is not None else unkept)
         described: dict[str, Any] = {"pairs": pairs, "iterations": iterations, "steps": steps, "seed": seed}
@@ -137,6 +136,14 @@ def markovian_fitting(
             flow.save_pretrained(folder / f"round-{number}")
             write_json(folder / PROGRESS, {**described, "done": number + 1})
     return Bridge(flow)
+
+
+def _first_coupling(start: Any, epsilon: float) -> Coupling:
+    if not isinstance(start, str):
+        return start
+    if start not in ("independent", "entropic"):
+        raise ValueError(f"start: must be 'independent', 'entropic' or a coupling, got {start!r}")
+    return Entropic(epsilon) if start == "entropic" else Independent()
 
 
 def _couple(

@@ -71,7 +71,7 @@ def gaussians(settings: Settings) -> dict[str, float]:
     source, target = _mixture([1.0], [0.0], [1.0]), _mixture([1.0], [1.0], [4.0])
     data = target.sample(settings.size(DATA), seeded(settings.seed, 80)).float()
     case = Case(source, target, 0.5, exact.drift, exact.backward_drift, exact.sample, exact.cost(), data)
-    bridges = {"imf": _imf(case, settings, 800), "maxmin": _maxmin(case, settings, 4000)}
+    bridges = {"imf": _imf(case, settings, 800), "maxmin": _maxmin(case, settings, 3000)}
     found = _compare(case, bridges, settings)
     if settings.pictures:
         _draw_drifts(case, bridges, 0.5, (-3, 4), "two Gaussians").savefig(
@@ -108,10 +108,10 @@ def moons(settings: Settings) -> dict[str, float]:
     case = _numeric(GaussianMixture.standard(2), target, 0.3, 0.05, settings)
     data = TOYS["two_moons"](settings.size(DATA), seeded(settings.seed, 80))
     case = Case(**{**case.__dict__, "data": data})
-    bridges = {"imf": _imf(case, settings, 2000, width=96), "maxmin": _maxmin(case, settings, 6000)}
+    bridges = {"imf": _imf(case, settings, 2000, width=96), "maxmin": _maxmin(case, settings, 4000)}
     found = _compare(case, bridges, settings)
     if settings.pictures:
-        start = torch.randn(150, 2, generator=seeded(settings.seed, 85))
+        start = torch.randn(50, 2, generator=seeded(settings.seed, 85))
         paths = torch.stack(_states(_float_drift(bridges["imf"]), start, case.epsilon, settings.seed, GRID[1:-1]))
         figure = draw.trajectories_2d(paths, background=data[:3000], title="Schroedinger bridge to two moons")
         figure.savefig(settings.pictures / "bridge-moons.png", dpi=110)
