@@ -1,7 +1,7 @@
 """Log-likelihood against `flow_matching`: the same network, exact divergence, the same error reached.
 
 1,000 points of an 8-dimensional mixture (the field is exact, and so is the density it is compared with), and 1,000 digits
-of 8x8 pixels as points (a perceptron trained for a moment; compared with a solve in float64 at 1e-8). Each side first tries
+of 8x8 pixels as points (a perceptron trained for a moment; compared with a solve in float64 at 1e-7). Each side first tries
 its methods and tolerances, and is timed at the setting that is quickest among those that reach the error.
 """
 
@@ -51,7 +51,7 @@ def _digits(count: int, quick: bool) -> tuple[str, nn.Module, Tensor, Tensor, fl
         flow = Flow(MLP(MLPConfig(64, 256, 3)), shape=(64,))
     flow = fit(flow, x, seed=0, iterations=20 if quick else 500)
     network = flow.network.requires_grad_(False)
-    wanted = Flow(network.double(), shape=(64,)).log_prob(x.double(), rtol=1e-8, atol=1e-8)
+    wanted = Flow(network.double(), shape=(64,)).log_prob(x.double(), rtol=1e-7, atol=1e-7)
     return "digits 8x8", network.float(), x, wanted, 1e-2
 
 

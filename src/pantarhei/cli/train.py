@@ -10,10 +10,11 @@ import tyro
 
 from pantarhei.recipes import forecasting, stochastic_interpolants
 from pantarhei.recipes.cards import write_card
+from pantarhei.recipes.data import Recipe
 from pantarhei.recipes.forecasting import ForecastConfig
 from pantarhei.recipes.rectified_flow import PRESETS, RectifiedFlowConfig, build_task
 from pantarhei.recipes.stochastic_interpolants import StochasticInterpolantsConfig
-from pantarhei.training import TrainResult, train
+from pantarhei.training import Task, TrainResult, train
 
 
 @dataclass(frozen=True)
@@ -98,19 +99,8 @@ def train_rectified_flow(
     """
     check_new(out, resume)
     task, augment = build_task(recipe, seed)
-    result = train(
-        task,
-        out,
-        resume=resume,
-        config={"system": "rectified-flow", "recipe": recipe.spec()},
-        augment=augment,
-        iterations=iterations,
-        batch=batch,
-        seed=seed,
-        **machines.options(),
-        **keeping.options(),
-    )
-    return report_end(result)
+    loop = {"iterations": iterations, "batch": batch, "seed": seed, "resume": resume, "augment": augment}
+    return _train("rectified-flow", recipe, task, out, machines, keeping, loop)
 
 
 train_rectified_flow.presets = {  # type: ignore[attr-defined]
@@ -149,19 +139,8 @@ def train_stochastic_interpolants(
     """
     check_new(out, resume)
     task, augment = stochastic_interpolants.build_task(recipe, seed)
-    result = train(
-        task,
-        out,
-        resume=resume,
-        config={"system": "stochastic-interpolants", "recipe": recipe.spec()},
-        augment=augment,
-        iterations=iterations,
-        batch=batch,
-        seed=seed,
-        **machines.options(),
-        **keeping.options(),
-    )
-    return report_end(result)
+    loop = {"iterations": iterations, "batch": batch, "seed": seed, "resume": resume, "augment": augment}
+    return _train("stochastic-interpolants", recipe, task, out, machines, keeping, loop)
 
 
 def train_forecasting(
@@ -188,18 +167,23 @@ def train_forecasting(
     """
     check_new(out, resume)
     task = forecasting.build_task(recipe, seed)
-    result = train(
-        task,
-        out,
-        resume=resume,
-        config={"system": "forecasting", "recipe": recipe.spec()},
-        iterations=iterations,
-        batch=batch,
-        seed=seed,
-        **machines.options(),
-        **keeping.options(),
-    )
-    return report_end(result, f"pantarhei forecast {out} --out forecast")
+    loop = {"iterations": iterations, "batch": batch, "seed": seed, "resume": resume}
+    following = f"pantarhei forecast {out} --out forecast"
+    return _train("forecasting", recipe, task, out, machines, keeping, loop, following)
+
+
+def _train(
+    system: str,
+    recipe: Recipe,
+    task: Task,
+    out: Path,
+    machines: Machines,
+    keeping: Keeping,
+    loop: dict[str, Any],
+    following: str = "",
+) -> int:
+    config = {"system": system, "recipe": recipe.spec()}
+    return report_end(train(task, out, config=config, **loop, **machines.options(), **keeping.options()), following)
 
 
 def check_new(out: Path, resume: bool) -> None:

@@ -1,4 +1,4 @@
-"""Fewer steps: pairs, reflow, distillation, Schroedinger bridges; straightness, and what a rectification does to a coupling."""
+"""Fewer steps: pairs, reflow, distillation; Schroedinger bridges; straightness, and what rectifying does to a coupling."""
 
 from pantarhei.straighten.analysis import Balance, MarginalCheck, balance, check_marginals
 from pantarhei.straighten.distillation import check_teacher, distil, distillation_task

@@ -92,7 +92,7 @@ LEARNED = (
     Experiment(
         "amounts",
         "Noise to a checkerboard, one network of two fields (3 x 256, 3,000 Adam steps of batch 500, each with z "
-        "and -z), epsilon chosen afterwards; 200 Euler-Maruyama steps, 50,000 points: sliced 2-Wasserstein distance "
+        "and -z), epsilon chosen afterwards; 100 Euler-Maruyama steps, 20,000 points: sliced 2-Wasserstein distance "
         "to fresh data, and share outside of the dark squares. Cross-entropy above the data's own entropy on 400 "
         "points: by the ODE (dopri5), and by 32 guided random paths of 100 steps.",
         learned.amounts,

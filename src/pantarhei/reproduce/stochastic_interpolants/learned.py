@@ -118,12 +118,12 @@ def amounts(settings: Settings) -> dict[str, float]:
     source = GaussianMixture.standard(2, torch.float32)
     flow = Flow(network(seed, 2, 2), path=path, predicts="velocity+latent", source=source, shape=(2,))
     flow = learn(flow, board(size(200_000), draws), settings, 3000, 500)
-    count = size(50_000)
+    count = size(20_000)
     truth, fresh = board(count, draws), board(count, draws)
     found = {"floor": _sliced(fresh, truth, seed)}
     clouds = {}
     for amount in AMOUNTS:
-        x = flow.sample(count, epsilon=amount, steps=200, generator=seeded(seed, 2, 83))
+        x = flow.sample(count, epsilon=amount, steps=100, generator=seeded(seed, 2, 83))
         found[f"distance_{amount:g}"] = _sliced(x, truth, seed)
         found[f"outside_{amount:g}"] = float((~_on_board(x)).float().mean())
         clouds[f"epsilon {amount:g}"] = x[:5000]
