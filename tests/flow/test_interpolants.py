@@ -151,7 +151,9 @@ def test_fields_that_do_not_say_enough_are_refused():
         pr.Flow(MLP(MLPConfig(3)), path=si.linear(), predicts="velocity+latent").velocity(
             torch.zeros(1, 3), torch.rand(1)
         )
-    bare = pr.Flow(MLP(MLPConfig(2, fields=2)), path=si.linear(NoLatent()), predicts="velocity+latent")
+    with pytest.raises(ValueError, match="without a latent"):
+        pr.Flow(MLP(MLPConfig(2, fields=2)), path=si.linear(NoLatent()), predicts="velocity+latent")
+    bare = pr.Flow(MLP(MLPConfig(2)), path=si.linear(NoLatent()))
     with pytest.raises(ValueError, match="score"):
         bare.score(torch.zeros(1, 2), torch.rand(1))
 
@@ -388,6 +390,19 @@ def test_log_likelihood_of_a_bridge_by_ode_and_by_paths():
     assert (probed.value - exact).mean().abs() < 0.1
     with pytest.raises(ValueError, match="paths"):
         path_likelihood(flow, x, 0.1, SOURCE.log_prob, paths=1)
+
+
+def test_samples_come_with_their_likelihood():
+    flow = exact_flow()
+    generator = torch.Generator().manual_seed(0)
+    found = flow.sample_with_log_prob(30, generator=generator, method="dopri5", rtol=1e-7, atol=1e-7)
+    assert torch.allclose(found.value, TARGET.log_prob(found.start), atol=1e-3)
+    one_sided = pr.Flow(MixtureField(TARGET), shape=(2,))
+    found = one_sided.sample_with_log_prob(200, generator=generator, divergence="hutchinson", probes=16, steps=40)
+    error = found.value - TARGET.log_prob(found.start.double())
+    assert float(error.mean()) == pytest.approx(0.0, abs=0.2)
+    with pytest.raises(ValueError, match="without a density"):
+        pr.Flow(MixtureField(TARGET), source=torch.randn(5, 2), shape=(2,)).sample_with_log_prob(3)
 
 
 def test_the_bound_holds_and_its_parts_are_right():

@@ -53,6 +53,7 @@ def evaluate(
     if likelihood < 0:
         raise ValueError(f"--likelihood: must not be negative, got {likelihood}")
     flow = open_flow(run, device=device)
+    stochastic = noise.wanted or flow.stochastic
     train_set, held_out = data_of(run)
     reference = make_reference(train_set, held_out, inception=inception, cache=run / "classifier.safetensors")
     result = evaluate_flow(
@@ -67,14 +68,17 @@ def evaluate(
         conditions=held_out if flow.conditions and flow.conditions != ("label",) else None,
         batch=batch,
         progress=True,
-        noise=noise.options(flow, method) if noise.sde else None,
+        noise=noise.options(flow, method) if stochastic else None,
     )
     bits = None
     if likelihood:
         bits = bits_per_dimension(flow, held_out, likelihood, seed=seed, batch=batch)
-    found = {"run": str(run), **result.data(), **({} if bits is None else {"bits_per_dimension": bits})}
+    said = {"sampler": noise.said()} if stochastic else {}
+    found = {"run": str(run), **said, **result.data(), **({} if bits is None else {"bits_per_dimension": bits})}
     path = write_json(out or run / "evaluation.json", found)
     print(result.table().text())
+    if stochastic:
+        print(noise.said())
     if bits is not None:
         print(
             f"bits per dimension: {bits['mean']:.3f} +- {bits['standard_error']:.3f} ({bits['images']} held-out images)"

@@ -18,7 +18,7 @@ from pantarhei.data.seeds import generator as seeded
 from pantarhei.files import write_tensors
 from pantarhei.flow import Flow, Stretched, noise_amount
 from pantarhei.flow.noise_amounts import NoiseForm
-from pantarhei.flow.numbered import Conditions, join, numbered_samples, path_noise
+from pantarhei.flow.numbered import Conditions, join, numbered_conditions, numbered_samples, path_noise
 from pantarhei.flow.stochastic import LastStep
 from pantarhei.report import save_image_grid
 from pantarhei.report.figures import scatter_2d
@@ -31,11 +31,11 @@ class Stochastic:
     """Sampling a stochastic equation with the marginals of the flow, with any amount of noise.
 
     Attributes:
-        sde: sample it. Flows that predict the drift of one always do.
+        sde: sample it; so does any --epsilon. Flows that predict the drift of one always do.
         epsilon: amount of noise; 0 is the ODE. Of a flow that predicts a drift, by default, what it was trained with.
         form: how it changes with time: constant, sigma (times the noise level; SiT's default), variance, linear, decreasing,
             bump, diffusion (the score-based diffusion of the path) or fading.
-        cap: epsilon is lowered where epsilon dt / gamma^2 would exceed this; near 1 steps become unstable.
+        cap: epsilon is lowered where epsilon dt / gamma^2 would exceed this; near 1 steps become unstable. None leaves it.
         last: the last step: mean (drift without noise), euler or heun (of the ODE), or denoise.
         last_step: its length; the others then share the rest evenly.
     """
@@ -43,9 +43,19 @@ class Stochastic:
     sde: bool = False
     epsilon: float | None = None
     form: NoiseForm = "constant"
-    cap: float = 0.5
+    cap: float | None = 0.5
     last: LastStep | None = None
     last_step: float | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a stochastic equation is asked for."""
+        return self.sde or self.epsilon is not None
+
+    def said(self) -> str:
+        """In words, for results."""
+        amount = "trained epsilon" if self.epsilon is None else f"epsilon {self.epsilon:g} ({self.form})"
+        return f"SDE, {amount}, cap {self.cap}"
 
     def options(self, flow: Flow, method: str) -> dict[str, Any]:
         """As options of `Flow.sample`.
@@ -56,7 +66,7 @@ class Stochastic:
         methods = {"euler": "euler_maruyama", "heun": "heun"}
         if method not in methods:
             raise ValueError(f"--sde: goes with --method euler or heun, got {method}")
-        trained = self.epsilon is None and "drift" in getattr(flow.prediction, "names", ())
+        trained = self.epsilon is None and flow.stochastic
         epsilon = 0.5 if self.epsilon is None else self.epsilon
         return {
             "epsilon": "trained" if trained else noise_amount(self.form, epsilon, flow.path),
@@ -113,7 +123,7 @@ def sample(
     flow = open_flow(run, checkpoint, device)
     if flow.provenance.notes.get("direction"):
         raise ValueError("this flow was distilled to run from data to source; use pantarhei invert")
-    sde = noise.sde or getattr(flow.prediction, "names", ()) == ("drift",)
+    sde = noise.wanted or flow.stochastic
     options: dict[str, Any] = {"steps": steps or default_steps(flow), "guidance": guidance, "shift": shift}
     if rtol is not None:
         if sde or steps is not None or method not in ("bosh3", "dopri5", "tsit5"):
@@ -227,20 +237,21 @@ def _check(count: int, batch: int, steps: int | None) -> None:
 
 
 def _conditions(run: Path, flow: Flow, label: int | None) -> Conditions | Source | None:
-    if label is not None:
-        return _fixed_label(flow, label)
-    return data_of(run)[1] if flow.conditions and flow.conditions != ("label",) else None
+    others = data_of(run)[1] if flow.conditions and flow.conditions != ("label",) else None
+    return others if label is None else _fixed_label(flow, label, others)
 
 
-def _fixed_label(flow: Flow, label: int) -> Conditions:
+def _fixed_label(flow: Flow, label: int, others: Source | None = None) -> Conditions:
     classes = flow.null.get("label")
     if "label" not in flow.conditions or not isinstance(classes, int):
         raise ValueError("--label: this flow was trained without labels")
     if not 0 <= label < classes:
         raise ValueError(f"--label: must lie in 0 to {classes - 1}, got {label}")
 
+    drawn = numbered_conditions(flow, 0, others) if others is not None else None
+
     def fixed(numbers: Sequence[int]) -> dict[str, Tensor]:
-        return {"label": torch.full((len(numbers),), label)}
+        return {**(drawn(numbers) if drawn else {}), "label": torch.full((len(numbers),), label)}
 
     return fixed
 

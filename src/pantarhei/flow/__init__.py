@@ -7,7 +7,7 @@ from pantarhei.flow.control import kl_control, loss_gap
 from pantarhei.flow.entropic import EntropicField, Potentials, sinkhorn_potentials
 from pantarhei.flow.feature_jacobian import FeatureJacobian
 from pantarhei.flow.fields import Fields
-from pantarhei.flow.flow import Flow, evaluation_mode
+from pantarhei.flow.flow import Flow
 from pantarhei.flow.gammas import Gamma
 from pantarhei.flow.gaussian_bridge import GaussianBridge
 from pantarhei.flow.grids import make_grid
@@ -15,6 +15,7 @@ from pantarhei.flow.interpolants import Interpolant
 from pantarhei.flow.interpolation import Interpolation
 from pantarhei.flow.likelihood import Likelihood, log_likelihood
 from pantarhei.flow.metrics import GradientPyramid, Perceptual, PseudoHuber, squared
+from pantarhei.flow.modes import evaluation_mode
 from pantarhei.flow.noise_amounts import fading, noise_amount
 from pantarhei.flow.nonparametric import EmpiricalField, NeighbourField
 from pantarhei.flow.objectives import FlowMatching, Objective, Term

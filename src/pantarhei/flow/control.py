@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from pantarhei.flow.modes import evaluation_mode
 from pantarhei.flow.noise_amounts import Epsilon
 
 if TYPE_CHECKING:
@@ -63,6 +64,19 @@ def kl_control(
     Raises:
         ValueError: a score is not known, or epsilon is not positive.
     """
+    with evaluation_mode(flow.network), evaluation_mode(reference.network):
+        return _control(flow, reference, x1, epsilon, times, interval, generator)
+
+
+def _control(
+    flow: Flow,
+    reference: Flow,
+    x1: Tensor,
+    epsilon: Epsilon,
+    times: int,
+    interval: tuple[float, float] | None,
+    generator: torch.Generator | None,
+) -> Control:
     flow.require_score()
     reference.require_score()
     low, high = interval or (max(flow.interval[0], 0.01), min(flow.interval[1], 0.99))
@@ -116,7 +130,12 @@ def loss_gap(
         objective: the training objective.
         draws: how often the batch is used.
         seed: of the draws.
+
+    Raises:
+        ValueError: the flows differ in path or fields.
     """
+    if flow.prediction != other.prediction or flow.path != other.path:
+        raise ValueError("other: losses can be compared of flows on one path that predict the same fields")
     found: dict[str, list[Tensor]] = {}
     for i in range(draws):
         sides = []

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pantarhei.flow.gammas import Gamma, NoLatent
 from pantarhei.flow.interpolants import Interpolant, Mirror
 from pantarhei.flow.predictions import Ends, Prediction, Velocity
 from pantarhei.naming import unknown
@@ -63,10 +64,17 @@ class Fields(Prediction):
     def check(self, path: Interpolant) -> None:
         """Raise a ValueError where these fields do not give the velocity on this path."""
         only = self.names if len(self.names) == 1 else ()
+        if isinstance(path.gamma, NoLatent) and {"latent", "score"} & set(self.names):
+            raise ValueError("predicts: without a latent (gamma 'none') there is no 'latent' and no 'score' to predict")
         if only in (("latent",), ("score",)) and not isinstance(path.ends, Mirror):
             raise ValueError(f"predicts: {only[0]!r} alone is enough on the mirror path only; add 'velocity'")
         if only == ("drift",) and not self.start:
             raise ValueError("predicts: 'drift' alone needs a network that is given x0; name that condition (start=)")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether these fields give one SDE and no ODE: a drift alone, of a process that leaves single points."""
+        return self.names == ("drift",)
 
     @property
     def score_known(self) -> bool:
@@ -76,7 +84,9 @@ class Fields(Prediction):
     def interval(self, path: Any) -> tuple[float, float]:
         """The path's own interval, less the margin where the velocity comes out of a division by gamma."""
         low, high = path.regular
-        divided = "velocity" not in self.names and self.names not in (("deterministic", "score"), ("drift",))
+        # u + gamma' ez needs gamma', and a drift its epsilon / gamma.
+        by_slope = self.names in (("deterministic", "latent"), ("latent",)) and not _gentle(path.gamma)
+        divided = by_slope or (len(self.names) == 2 and self.names[0] == "drift")
         return (low + self.margin, high - self.margin) if divided else (low, high)
 
     def split(self, output: Tensor) -> dict[str, Tensor]:
@@ -155,8 +165,16 @@ class Fields(Prediction):
         return start - c.product * fields["score"] if "score" in fields else start + c.gamma_dot * fields["latent"]
 
     def ends(self, path: Any, x: Tensor, t: Tensor, output: Tensor, x0: Tensor | None = None) -> Ends:
-        """E[x1 | x_t] and E[x0 | x_t]: those of the point without its latent."""
+        """E[x1 | x_t] and E[x0 | x_t]: those of the point without its latent.
+
+        Where the path has no source left (or no data yet), these fields say nothing about it: NaN there.
+
+        Raises:
+            ValueError: at an end where gamma' is infinite.
+        """
         c = path.at(t, x)
+        if not bool(c.gamma_dot.isfinite().all()):
+            raise ValueError("t: the two ends cannot be told apart where gamma' is infinite; keep away from there")
         latent = self.latent(path, x, t, output, x0)
         point = x - c.gamma * latent
         if isinstance(path.ends, Mirror):
@@ -166,7 +184,11 @@ class Fields(Prediction):
             rate = fields["deterministic"]
         else:
             rate = self.velocity(path, x, t, output, x0) - c.gamma_dot * latent
-        return Velocity().ends(path.ends, point, t, rate)
+        data, source = Velocity().ends(path.ends, point, t, rate)
+        return Ends(
+            torch.where(c.sigma == 0, point / c.alpha, data).where(c.alpha != 0, torch.nan),
+            torch.where(c.alpha == 0, point / c.sigma, source).where(c.sigma != 0, torch.nan),
+        )
 
     def spec(self) -> dict[str, Any]:
         """The prediction as data."""
@@ -187,6 +209,11 @@ class Fields(Prediction):
             # The 1 / sqrt(t) of both terms cancels.
             return -_foellmer_constant(path) * torch.sqrt(t.clamp(0, 1)).reshape(c.gamma.shape).to(like.dtype)
         return c.gamma_dot - float(self.epsilon) / c.gamma
+
+
+def _gentle(gamma: Gamma) -> bool:
+    """Whether gamma' is finite at both ends."""
+    return bool(gamma.derivative(torch.tensor([0.0, 1.0], dtype=torch.float64)).isfinite().all())
 
 
 def _amount(fields: Fields, path: Interpolant, t: Tensor, gamma: Tensor) -> Tensor | float:

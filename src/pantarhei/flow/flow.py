@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,8 +16,9 @@ from pantarhei.flow.conditions import Condition, Null, as_condition
 from pantarhei.flow.fields import Fields, build_fields
 from pantarhei.flow.gammas import NoLatent
 from pantarhei.flow.grids import Grid, GridName, make_grid
-from pantarhei.flow.interpolants import Interpolant, build_interpolant
-from pantarhei.flow.likelihood import Divergence, Likelihood, log_likelihood
+from pantarhei.flow.interpolants import INTERPOLANTS, Interpolant, build_interpolant
+from pantarhei.flow.likelihood import Divergence, Likelihood, log_likelihood, push_forward
+from pantarhei.flow.modes import evaluation_mode
 from pantarhei.flow.noise_amounts import Epsilon
 from pantarhei.flow.path_likelihood import PathLikelihood, path_likelihood
 from pantarhei.flow.paths import AffinePath, build_path
@@ -106,14 +106,16 @@ class Flow(nn.Module):
             self._first_sigma, self._last_sigma = self.path.sigma(ends).tolist()
         elif latent:
             self._interval = self.prediction.interval(self.path)
+            self._last_sigma = float(self.path.gamma.value(torch.tensor(self._interval[1], dtype=torch.float64)))
         self._narrowed = interval is not None
         if interval is not None:
             (low, high), (first, last) = self._interval, (float(t) for t in interval)
             if not low <= first < last <= high:
                 raise ValueError(f"interval: must lie inside [{low:g}, {high:g}], got [{first:g}, {last:g}]")
             self._interval = (first, last)
-            if isinstance(self.path, AffinePath):
-                self._last_sigma = float(self.path.sigma(torch.tensor(last, dtype=torch.float64)))
+            if latent or isinstance(self.path, AffinePath):
+                level = self.path.gamma.value if latent else self.path.sigma
+                self._last_sigma = float(level(torch.tensor(last, dtype=torch.float64)))
 
     # What the flow knows of itself
 
@@ -121,6 +123,11 @@ class Flow(nn.Module):
     def interval(self) -> tuple[float, float]:
         """The closed interval of t on which the network determines the velocity."""
         return self._interval
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether this flow is sampled by its own SDE only: it leaves single points, which no ODE can."""
+        return isinstance(self.prediction, Fields) and self.prediction.stochastic
 
     @property
     def device(self) -> torch.device:
@@ -304,6 +311,7 @@ class Flow(nn.Module):
             before_step, after_step, observe: hooks, see `solve.ode`.
             rtol, atol, control: error control.
         """
+        self.require_ode()
         times = tuple(float(t) for t in times)
         low, high = self.interval
         if min(times) < low - 1e-6 or max(times) > high + 1e-6:
@@ -373,7 +381,7 @@ class Flow(nn.Module):
         elif count is not None and count != x0.shape[0]:
             raise ValueError(f"count: {count} samples asked, but x0 has {x0.shape[0]} rows")
         x = self._first_sigma * x0
-        if epsilon is None and getattr(self.prediction, "names", ()) == ("drift",):
+        if epsilon is None and self.stochastic:
             epsilon = "trained"
         with evaluation_mode(self.network):
             if epsilon is None:
@@ -384,9 +392,8 @@ class Flow(nn.Module):
             if final == "denoise" or (final == "auto" and self._last_sigma > CLEAN):
                 t = x.new_full((), high, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
                 named = as_condition(condition, self.null, x.shape[0])
-                guided = self.field(options.get("guidance", 1.0), options.get("transforms", ()))
-                velocity = guided(x, t, None if named is None else named.to(x.device))
-                x = build_prediction("velocity").ends(self.path, x, t, velocity).data
+                named = None if named is None else named.to(x.device)
+                x = self._denoised(x, t, named, options.get("guidance", 1.0), options.get("transforms", ()))
         return self.decode(x) if decode else x
 
     @torch.no_grad()
@@ -404,6 +411,14 @@ class Flow(nn.Module):
             start = self.encode(x) if encode else x
             end = self.transport(start, (high, low), condition=condition, **options).x
         return end / self._first_sigma
+
+    def _denoised(self, x: Tensor, t: Tensor, condition: Any, guidance: Any, transforms: Any) -> Tensor:
+        """E[x1 | x_t] under guidance."""
+        guided = self.field(guidance, transforms)
+        if isinstance(self.prediction, Fields):
+            output = TransformedField(self.output, guided.transforms)(x, t, condition)
+            return self.prediction.ends(self.path, x, t, output, **self._start(condition)).data
+        return build_prediction("velocity").ends(self.path, x, t, guided(x, t, condition)).data
 
     def log_prob(
         self,
@@ -433,30 +448,58 @@ class Flow(nn.Module):
         Raises:
             ValueError: where the source has no density, or (with of="data") the flow was rectified.
         """
-        self.require_field()
-        reason = self.provenance.why_not_density()
-        if of == "data" and reason:
-            raise ValueError(f"log_prob: {reason}; of='samples' gives the density of its own samples")
-        if not hasattr(self.source, "log_prob"):
-            raise ValueError("log_prob: the source of this flow is a set of samples without a density")
+        self.require_density(of)
         named = as_condition(condition, self.null, x.shape[0])
-        low, high = self.interval
-        unit, density = self._first_sigma, self.source.log_prob
-        size = x[0].numel()
-
-        def source_log_prob(start: Tensor) -> Tensor:
-            return density(start / unit) - size * math.log(unit)
-
         options |= {"divergence": divergence, "probes": probes, "generator": generator}
         result: Likelihood | PathLikelihood
         with evaluation_mode(self.network):
             if epsilon is not None:
-                result = path_likelihood(self, x, epsilon, source_log_prob, condition=named, **options)
+                result = path_likelihood(self, x, epsilon, self._start_log_prob, condition=named, **options)
             else:
                 result = log_likelihood(
-                    lambda y, t: self.velocity(y, t, named), x, (low, high), source_log_prob, **options
+                    lambda y, t: self.velocity(y, t, named), x, self.interval, self._start_log_prob, **options
                 )
         return result if details else result.value
+
+    def sample_with_log_prob(
+        self,
+        count: int | None = None,
+        *,
+        x0: Tensor | None = None,
+        condition: ConditionLike = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Likelihood:
+        """Samples of the ODE together with their log-likelihood, in one solve.
+
+        Args:
+            count, x0, condition, generator: as in `sample`.
+            options: `divergence`, `probes`, `method`, `steps`, `rtol`, `atol`, see `push_forward`.
+
+        Returns:
+            A `Likelihood` whose `value` is log p in nats (B,) and whose `start` are the samples, in the flow's space.
+
+        Raises:
+            ValueError: the source has no density.
+        """
+        self.require_density("samples")
+        x0 = self.draw(count, condition, generator) if x0 is None else x0
+        named = as_condition(condition, self.null, x0.shape[0])
+        x = self._first_sigma * x0
+        with evaluation_mode(self.network):
+            return push_forward(
+                lambda y, t: self.velocity(y, t, named),
+                x,
+                self.interval,
+                self._start_log_prob(x),
+                generator=generator,
+                **options,
+            )
+
+    def _start_log_prob(self, x: Tensor) -> Tensor:
+        """Log density of states at the first time, (B,)."""
+        unit = self._first_sigma
+        return self.source.log_prob(x / unit) - x[0].numel() * math.log(unit)
 
     def draw(
         self, count: int | None, condition: ConditionLike = None, generator: torch.Generator | None = None
@@ -483,6 +526,32 @@ class Flow(nn.Module):
         if reason:
             raise ValueError(reason)
 
+    def require_ode(self) -> None:
+        """Check that there is an ODE to solve.
+
+        Raises:
+            ValueError: the flow leaves single points, which takes an SDE.
+        """
+        if self.stochastic:
+            raise ValueError(
+                "this flow leads from one point to many and has no ODE: sample it as it is, and do not invert it or ask for "
+                "its likelihood"
+            )
+
+    def require_density(self, of: Literal["data", "samples"] = "data") -> None:
+        """Check that the change of variables gives a density, of the data or of the flow's own samples.
+
+        Raises:
+            ValueError: the flow was distilled, its source has no density, or (of the data) it was rectified.
+        """
+        self.require_field()
+        self.require_ode()
+        reason = self.provenance.why_not_density()
+        if of == "data" and reason:
+            raise ValueError(f"log_prob: {reason}; of='samples' gives the density of its own samples")
+        if not hasattr(self.source, "log_prob"):
+            raise ValueError("log_prob: the source of this flow is a set of samples without a density")
+
     def require_score(self) -> None:
         """Check that this flow has a score (and so SDEs with its marginals).
 
@@ -493,6 +562,7 @@ class Flow(nn.Module):
         if isinstance(self.path, Interpolant):  # the latent is independent of the pair, whatever the coupling
             known = self.prediction.score_known and not isinstance(self.path.gamma, NoLatent)
             reason = None if known else "its network was not trained for it; train with predicts='velocity+latent'"
+            reason = reason or self.provenance.why_not_field()
         elif not isinstance(self.path, AffinePath):
             reason = "its path is not affine"
         else:
@@ -506,20 +576,9 @@ class Flow(nn.Module):
 def _build_path(path: Any) -> Any:
     if isinstance(path, dict) and path.get("name") == "interpolant":
         return build_interpolant(path)
+    if isinstance(path, str) and path not in paths.PATHS and path in INTERPOLANTS:
+        return build_interpolant(path)
     return build_path(path) if isinstance(path, (str, dict)) else path
-
-
-@contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Dropout off while a network is used, and back as it was."""
-    training = isinstance(network, nn.Module) and network.training
-    if training:
-        network.eval()
-    try:
-        yield
-    finally:
-        if training:
-            network.train()
 
 
 def _tensors(network: nn.Module) -> Iterator[Tensor]:

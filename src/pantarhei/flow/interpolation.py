@@ -78,6 +78,9 @@ class Interpolation:
             condition = None if condition is None else condition.cat(condition)
         output = flow.output(torch.cat([x_t for x_t, _ in draws]), t, condition)
         names = list(draws[0][1])
+        unknown = set(self.weights) - set(names)
+        if unknown:
+            raise ValueError(f"weights: this flow has the fields {', '.join(names)}, got {', '.join(sorted(unknown))}")
         fields = output.chunk(len(names), dim=1)
         found = []
         for name, predicted in zip(names, fields, strict=True):

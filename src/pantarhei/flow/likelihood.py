@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,23 +54,44 @@ def log_likelihood(
     Raises:
         ValueError: for probes < 1 or an unknown divergence.
     """
-    if divergence not in ("exact", "hutchinson"):
-        raise ValueError(f"divergence: must be 'exact' or 'hutchinson', got {divergence!r}")
-    if probes < 1:
-        raise ValueError(f"probes: must be at least 1, got {probes}")
-    columns = 1 if divergence == "exact" else probes
-    directions = None if divergence == "exact" else probe_directions(x, probes, generator)
-
-    def augmented(state: tuple[Tensor, Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
-        return divergence_of(lambda position: velocity(position, t), state[0], directions)
-
+    field, columns = _augmented(velocity, x, divergence, probes, generator)
     t0, t1 = interval
     start = (x, x.new_zeros(x.shape[0], columns))
-    solution = ode(augmented, start, (t1, t0), method=method, steps=steps, rtol=rtol, atol=atol)
+    solution = ode(field, start, (t1, t0), method=method, steps=steps, rtol=rtol, atol=atol)
     encoded, integral = solution.x  # the integral of div v from t1 down to t0, hence with the sign already turned
-    values = source_log_prob(encoded)[:, None] + integral.double()
-    error = values.std(dim=1) / columns**0.5 if columns > 1 else None
-    return Likelihood(values.mean(dim=1), error, encoded, solution.evaluations)
+    value, error = _mean_and_error(source_log_prob(encoded)[:, None] + integral.double())
+    return Likelihood(value, error, encoded, solution.evaluations)
+
+
+def push_forward(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    interval: tuple[float, float],
+    log_prob: Tensor,
+    *,
+    divergence: Divergence = "exact",
+    probes: int = 8,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Likelihood:
+    """Samples and their log-likelihood in one solve: x(t1) from x0, and log p_1 = log p_0 - int div v dt along the way.
+
+    Args:
+        velocity: v(x, t).
+        x0: states at the source end (B, ...).
+        interval: (t0, t1), source end and data end.
+        log_prob: their log density there, (B,).
+        divergence, probes, generator: as in `log_likelihood`.
+        options: of `solve.ode` (`method`, `steps`, `rtol`, `atol`).
+
+    Returns:
+        A `Likelihood`, whose `start` is the sample x(t1).
+    """
+    field, columns = _augmented(velocity, x0, divergence, probes, generator)
+    solution = ode(field, (x0, x0.new_zeros(x0.shape[0], columns)), interval, **options)
+    x1, integral = solution.x
+    value, error = _mean_and_error(log_prob[:, None] - integral.double())
+    return Likelihood(value, error, x1, solution.evaluations)
 
 
 def probe_directions(x: Tensor, probes: int, generator: torch.Generator | None) -> Tensor:
@@ -95,6 +116,31 @@ def divergence_of(field: Callable[[Tensor], Tensor], x: Tensor, directions: Tens
         value = field(position)
         traces = _exact_trace(value, position) if directions is None else _probed(value, position, directions)
     return value.detach(), traces
+
+
+def _augmented(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    divergence: Divergence,
+    probes: int,
+    generator: torch.Generator | None,
+) -> tuple[Callable[[tuple[Tensor, Tensor], Tensor], tuple[Tensor, Tensor]], int]:
+    """The field of (position, integral of the divergence), and how many integrals a row has."""
+    if divergence not in ("exact", "hutchinson"):
+        raise ValueError(f"divergence: must be 'exact' or 'hutchinson', got {divergence!r}")
+    if probes < 1:
+        raise ValueError(f"probes: must be at least 1, got {probes}")
+    directions = None if divergence == "exact" else probe_directions(x, probes, generator)
+
+    def field(state: tuple[Tensor, Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+        return divergence_of(lambda position: velocity(position, t), state[0], directions)
+
+    return field, 1 if directions is None else probes
+
+
+def _mean_and_error(values: Tensor) -> tuple[Tensor, Tensor | None]:
+    columns = values.shape[1]
+    return values.mean(dim=1), values.std(dim=1) / columns**0.5 if columns > 1 else None
 
 
 def _exact_trace(value: Tensor, x: Tensor) -> Tensor:

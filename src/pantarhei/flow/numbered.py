@@ -129,7 +129,7 @@ def numbered_samples(
         options: of `Flow.sample`.
     """
     named = numbered_conditions(flow, seed, conditions)
-    stochastic = options.get("epsilon") is not None or getattr(flow.prediction, "names", ()) == ("drift",)
+    stochastic = options.get("epsilon") is not None or flow.stochastic
     for first in range(0, len(numbers), batch):
         part = numbers[first : first + batch]
         condition = named(part)

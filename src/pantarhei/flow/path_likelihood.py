@@ -75,15 +75,19 @@ def path_likelihood(
     if paths < 2:
         raise ValueError(f"paths: at least 2 are needed for a standard error, got {paths}")
     low, high = flow.interval
+    if divergence not in ("exact", "hutchinson"):
+        raise ValueError(f"divergence: must be 'exact' or 'hutchinson', got {divergence!r}")
     nodes = torch.linspace(high, low, steps + 1, dtype=torch.float64).tolist() if isinstance(steps, int) else [*steps]
     nodes = sorted((float(t) for t in nodes), reverse=True)
+    if len(nodes) < 2 or abs(nodes[0] - high) > 1e-6 or abs(nodes[-1] - low) > 1e-6:
+        raise ValueError(f"steps: a grid must cover the flow's interval [{low:g}, {high:g}], got {nodes[::-1]}")
     named = as_condition(condition, flow.null, x.shape[0])
     if named is not None:
         named = named.index(torch.arange(x.shape[0]).repeat(paths))
     y = x.repeat(paths, *[1] * (x.ndim - 1))
     equation = Equation(flow, epsilon, y, named, 1.0, ())
-    equation.place(nodes, cap)
-    equation.forward = True  # the forward drift, though time falls
+    equation.place(nodes, True, cap)  # the forward drift, though time falls
+    count = equation.number_steps(None)
     calls = 0
 
     def at(y: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,8 +112,9 @@ def path_likelihood(
         return value, traces.double().mean(dim=1), score
 
     integral = torch.zeros(len(y), dtype=torch.float64, device=y.device)
-    drift, trace, score = at(y, nodes[0])
-    for t, end in pairwise(nodes):
+    for step, (t, end) in enumerate(pairwise(nodes)):
+        count(y, t, step)
+        drift, trace, score = at(y, t)
         dt, eps = end - t, equation.amount(t)
         draw = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
         kick = math.sqrt(2 * eps * -dt) * draw
@@ -122,7 +127,6 @@ def path_likelihood(
             integral += eps * dt * square - math.sqrt(2 * eps * -dt) * turned
         integral += 0.5 * dt * (trace + late[1])
         y = y + 0.5 * dt * (drift + late[0]) - pull + kick
-        drift, trace, score = at(y, end)
     logs = (integral + source_log_prob(y).double()).reshape(paths, -1)
     value = torch.logsumexp(logs, dim=0) - math.log(paths)
     weights = torch.exp(logs - value)

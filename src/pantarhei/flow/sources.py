@@ -136,9 +136,11 @@ class Absent:
         Raises:
             ValueError: always; it says what to do.
         """
+        kind = "a law" if self._spec["name"] == "density" else "samples"
         of = f" ({self._spec['of']})" if "of" in self._spec else ""
+        verb = "is" if kind == "a law" else "are"
         raise ValueError(
-            f"source: this flow starts from samples{of} that are not saved with it; give x0= or load(source=)"
+            f"source: this flow starts from {kind}{of} that {verb} not saved with it; give x0= or load(source=)"
         )
 
     def spec(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from bisect import bisect
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -75,7 +74,8 @@ def transport_sde(
         method: of `solve.sde`: "euler_maruyama", "heun", or "noised_heun", which is SiT's.
         cap: epsilon is lowered where epsilon dt / gamma^2 would exceed this: the score may be as steep as 1 / gamma^2, and
             explicit steps overshoot above 1 (any epsilon keeps the marginals, so that only the noise near clean ends
-            changes). None leaves it, and warns (`StiffNoise`) where 1 is exceeded.
+            changes); `StiffNoise` warns where that takes more than half of the noise. None leaves it, and warns where 1 is
+            exceeded.
         last: the step that ends at a clean end: "mean" (drift without noise), "euler" or "heun" of the ODE, or "denoise",
             E[x1 | x_t] (E[x0 | x_t] backwards), which is also Tweedie's formula. Where it is given, the last step is of this
             kind at any noise level; otherwise it is "mean" at a clean end.
@@ -92,19 +92,25 @@ def transport_sde(
     """
     if last is not None and last not in get_args(LastStep):
         raise ValueError(unknown("last", last, get_args(LastStep)))
+    if cap is not None and not cap > 0:
+        raise ValueError(f"cap: must be positive, or None for no cap, got {cap}")
     equation = Equation(flow, epsilon, x, condition, guidance, transforms)
-    nodes = _nodes(flow, (float(times[0]), float(times[-1])), steps, last_step, grid, shift)
-    equation.place(nodes, cap)
-    clean = [equation.level(nodes[0]) < CLEAN and not equation.direct, equation.level(nodes[-1]) < CLEAN]
-    closing = clean[1] or last is not None or last_step is not None
-    inner = nodes[1 if clean[0] else 0 : len(nodes) - 1 if closing else len(nodes)]
-    if cap is None and not equation.direct:
-        _check_stiffness(equation, inner, method)
+    nodes = _nodes(flow, times, steps, last_step, grid, shift)
+    if equation.direct and nodes[-1] < nodes[0]:
+        # The predicted drift is that of the forward equation; the backward one needs the score.
+        flow.require_score()
+        equation.direct = False
+    closing = equation.level(nodes[-1]) < CLEAN or last is not None or last_step is not None
+    # A single step between two clean ends is the last one.
+    opening = equation.level(nodes[0]) < CLEAN and not equation.direct and (len(nodes) > 2 or not closing)
+    inner = nodes[1 if opening else 0 : -1 if closing else len(nodes)]
+    equation.place(inner, nodes[-1] > nodes[0], cap)
+    _check_noise(equation, inner, method, cap)
     options = {"condition": equation.condition, **hooks}
-    evaluations = 0
-    if clean[0]:
-        opening = equation.open(x, nodes[:2], generator, options)
-        x, evaluations = opening.x, opening.evaluations
+    evaluations, before = 0, x
+    if opening:
+        first = equation.open(x, nodes[:2], generator, noise, options)
+        x, evaluations = first.x, first.evaluations
     if len(inner) > 1:
         noisy: Any = sde(
             equation.drift,
@@ -115,15 +121,14 @@ def transport_sde(
             method=method,
             noise=noise,
             generator=generator,
-            **options,
+            **{**options, "before_step": equation.number_steps(hooks.get("before_step"))},
         )
         x, evaluations = noisy.x, evaluations + noisy.evaluations
-    if closing and len(nodes) > len(inner):
+    if closing:
         x, calls = _close(equation, x, nodes[-2:], last, options)
         evaluations += calls
-    return Solution(
-        x, (nodes[0], nodes[-1]), torch.stack([x]), evaluations, evaluations * x.shape[0], len(nodes) - 1, 0
-    )
+    states = torch.stack([before, x])
+    return Solution(x, (nodes[0], nodes[-1]), states, evaluations, evaluations * x.shape[0], len(nodes) - 1, 0)
 
 
 class Equation:
@@ -150,20 +155,34 @@ class Equation:
         plain = flow.field(guidance, transforms)
         self._field = TransformedField(flow.output, plain.transforms) if self.latent_path else plain
 
-    def place(self, nodes: Sequence[float], cap: float | None) -> None:
-        """Tell it its steps, which decide the direction, and where epsilon is capped."""
-        self.forward = nodes[-1] > nodes[0]
-        self._nodes, self._cap = sorted(nodes), None if self.direct else cap
+    def place(self, nodes: Sequence[float], forward: bool, cap: float | None) -> None:
+        """Tell it its noisy steps, its direction, and where epsilon is capped."""
+        self.forward, self._step, self._cap = forward, 0, None if self.direct else cap
+        self._lengths = [abs(end - t) for t, end in pairwise(nodes)] or [1.0]
 
-    def amount(self, t: float) -> float:
-        """epsilon(t), capped."""
+    def number_steps(self, hook: Any) -> Callable[[Any, float, int], Any]:
+        """A `before_step` hook that keeps the number of the step, all of which has one cap, and then calls `hook`."""
+
+        def before(x: Any, t: float, step: int) -> Any:
+            self._step = step
+            return None if hook is None else hook(x, t, step)
+
+        return before
+
+    def asked(self, t: float) -> float:
+        """epsilon(t) as it was given."""
         value = float(self._epsilon(t)) if callable(self._epsilon) else float(self._epsilon)
-        if not value >= 0:
-            raise ValueError(f"epsilon: must not be negative, got {value} at t = {t:g}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"epsilon: must be finite and not negative, got {value} at t = {t:g}")
+        return value
+
+    def amount(self, t: float, step: int | None = None) -> float:
+        """epsilon(t), capped for the length of the step."""
+        value = self.asked(t)
         if self._cap is None:
             return value
-        i = min(max(bisect(self._nodes, t), 1), len(self._nodes) - 1)
-        return min(value, self._cap * self.level(t) ** 2 / (self._nodes[i] - self._nodes[i - 1]))
+        length = self._lengths[min(self._step if step is None else step, len(self._lengths) - 1)]
+        return min(value, self._cap * self.level(t) ** 2 / length)
 
     def level(self, t: float) -> float:
         """The noise level: sigma, or gamma."""
@@ -199,13 +218,14 @@ class Equation:
         factor = amount / self.level(moment) if amount else 0.0
         return torch.add(velocity, latent, alpha=-factor if self.forward else factor)
 
-    def open(self, x: Tensor, times: Sequence[float], generator: Any, options: dict[str, Any]) -> Solution:
+    def open(self, x: Tensor, times: Sequence[float], generator: Any, noise: Any, options: dict[str, Any]) -> Solution:
         """The step that starts at a clean end: an Euler step of the ODE, or of the drift where there is none."""
         if self._trained is None:
             return ode(self.velocity, x, times, method="euler", steps=1, **options)
         trained = self._trained
         amplitude = math.sqrt(2 * trained(times[0]))
-        return sde(self.trained_drift, amplitude, x, times, generator=generator, **options)
+        drawn = noise if callable(noise) else None  # a list of draws is for the steps after this one
+        return sde(self.trained_drift, amplitude, x, times, noise=drawn, generator=generator, **options)
 
     def trained_drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """The drift that the network predicts, of the equation with the noise it was trained with."""
@@ -224,13 +244,22 @@ class Equation:
 
 
 def _nodes(
-    flow: Flow, ends: tuple[float, float], steps: Any, last_step: float | None, grid: Any, shift: float
+    flow: Flow, times: Sequence[float], steps: Any, last_step: float | None, grid: Any, shift: float
 ) -> list[float]:
-    first, end = ends
+    low, high = flow.interval
+    if len(times) != 2 or times[0] == times[1] or min(times) < low - 1e-6 or max(times) > high + 1e-6:
+        raise ValueError(f"times: first and last time in [{low:g}, {high:g}] are needed, got {tuple(times)}")
+    first, end = (float(t) for t in times)
     if not isinstance(steps, int):
         if last_step is not None:
             raise ValueError("last_step: goes with a number of steps; a whole grid contains its last step")
-        return [float(t) for t in steps]
+        nodes = [float(t) for t in steps]
+        onward = all(b != a and (b > a) == (end > first) for a, b in pairwise(nodes))
+        if not onward or abs(nodes[0] - first) > 1e-6 or abs(nodes[-1] - end) > 1e-6:
+            raise ValueError(f"steps: a grid must run from {first:g} to {end:g} without turning back, got {nodes}")
+        return nodes
+    if steps < 1:
+        raise ValueError(f"steps: must be at least 1, got {steps}")
     if last_step is not None and not (steps > 1 and 0 < last_step < abs(end - first)):
         raise ValueError(f"last_step: must be shorter than the interval, with two steps or more, got {last_step}")
     away = 0.0 if last_step is None else last_step
@@ -242,13 +271,26 @@ def _nodes(
     return nodes if last_step is None else [*nodes, end]
 
 
-def _check_stiffness(equation: Equation, nodes: Sequence[float], method: str) -> None:
-    """Warn where explicit steps overshoot: the score may be as steep as 1 / gamma^2."""
+def _check_noise(equation: Equation, nodes: Sequence[float], method: str, cap: float | None) -> None:
+    """Warn where explicit steps overshoot (the score may be as steep as 1 / gamma^2), or where the cap takes most noise."""
+    if equation.direct or len(nodes) < 2:
+        return
+    if cap is not None:
+        count = len(nodes) - 1
+        asked = sum(equation.asked(t) for t in nodes[:-1]) / count
+        kept = sum(equation.amount(t, step) for step, t in enumerate(nodes[:-1])) / count
+        if kept < 0.5 * asked:
+            warnings.warn(
+                f"epsilon was lowered from {asked:.3g} to {kept:.3g} on average (cap {cap:g} on epsilon dt / gamma^2); take "
+                "more steps for more noise",
+                StiffNoise,
+                stacklevel=3,
+            )
+        return
     worst, where = 0.0, 0.0
     for t, end in pairwise(nodes):
         for moment in (t, end) if method != "euler_maruyama" else (t,):
-            level = max(equation.level(moment), 1e-12)
-            ratio = equation.amount(moment) * abs(end - t) / level**2
+            ratio = equation.asked(moment) * abs(end - t) / max(equation.level(moment), 1e-12) ** 2
             if ratio > worst:
                 worst, where = ratio, moment
     if worst > 1:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pantarhei.data.seeds import mix
-from pantarhei.networks import NETWORKS, MLPConfig, NCSNppConfig, UNetConfig
+from pantarhei.networks import NETWORKS, MLPConfig, NCSNppConfig, SiTConfig, UNetConfig
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,17 @@ class NetworkConfig:
     """Network sizes; what is left out follows from the data.
 
     Attributes:
-        architecture: of image networks: unet (compact, quick on a CPU) or ncsnpp (DDPM++, the paper's).
-        width: feature channels at full resolution (images) or hidden width (points).
+        architecture: of image networks: unet (compact, quick on a CPU), ncsnpp (DDPM++, rectified flow's) or sit (the
+            transformer of SiT, with patches of 2 pixels).
+        width: feature channels at full resolution (images), hidden width (points, sit).
         multipliers: channels of each resolution as multiples of `width`.
-        blocks: residual blocks a side, one number for all resolutions or (unet) one each; or hidden layers for points.
+        blocks: residual blocks a side, one number for all resolutions or (unet) one each; hidden layers for points, blocks
+            in all for sit.
         attention: self-attention, at the lowest resolution (unet) or at side 16 (ncsnpp).
         dropout: in the residual blocks.
     """
 
-    architecture: Literal["unet", "ncsnpp"] = "unet"
+    architecture: Literal["unet", "ncsnpp", "sit"] = "unet"
     width: int | None = None
     multipliers: tuple[int, ...] | None = None
     blocks: tuple[int, ...] | None = None
@@ -68,6 +70,13 @@ def build_network(
             dropout=config.dropout,
             classes=classes,
         )
+    elif len(shape) == 3 and config.architecture == "sit":
+        width = config.width or 384
+        if shape[1] != shape[2] or width % 8:
+            raise ValueError(f"network: sit takes square images and a width divisible by 8, got {shape} and {width}")
+        heads = max(1, width // 64)
+        depth = config.blocks[0] if config.blocks else 12
+        sizes = SiTConfig(shape[1], 2, shape[0], width, depth, heads, classes=classes, learn_sigma=False)
     elif len(shape) == 1:
         layers = config.blocks[0] if config.blocks else 3
         sizes = MLPConfig(shape[0], config.width or 128, layers, classes, vector=context, fields=fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -58,21 +59,27 @@ class ForecastConfig(Recipe):
         if not self.noise > 0:
             raise ValueError(f"noise: must be positive, got {self.noise}")
 
-    def open_series(self) -> tuple[Tensor, Tensor, float, float]:
-        """Training and held-out trajectories, standardised by the mean and deviation of the first, and these two.
+    def open_series(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Training and held-out trajectories, standardised by the means and deviations of the first, and these two.
+
+        Means and deviations are those of each component of points (D,), of each channel of fields (C, 1, 1).
 
         Raises:
             ValueError, FileNotFoundError: an unknown name, no such file, or too few trajectories.
         """
         name = self.data.data
         if name in SERIES:
-            series = SERIES[name](0)
+            series = _simulated(name)
         elif name.endswith((".npy", ".safetensors")):
             series = read_series(name)
         else:
             raise ValueError(unknown("data", name, [*SERIES, "FILE.npy", "FILE.safetensors"]))
         train, test = split_trajectories(series, self.data.held_out)
-        mean, scale = float(train.mean()), float(train.std())
+        # One mean and one deviation a component of points, or a channel of fields.
+        axes = tuple(axis for axis in range(train.ndim) if axis != 2)
+        mean, scale = train.mean(axes, keepdim=True)[0, 0], train.std(axes, keepdim=True)[0, 0]
+        if not bool((scale > 0).all()):
+            raise ValueError(f"data: a component of {name} never changes; leave it out")
         return (train - mean) / scale, (test - mean) / scale, mean, scale
 
     def open(self) -> tuple[Source, Source]:
@@ -85,6 +92,12 @@ class ForecastConfig(Recipe):
         pairs = series_pairs(series, self.lag)
         condition = condition_name(tuple(series.shape[2:]))
         return TensorSource({"x1": pairs["x1"], "past": pairs["past"], condition: pairs["past"]}, name)
+
+
+@functools.cache
+def _simulated(name: str) -> Tensor:
+    """A simulated set, made once: a fluid takes some seconds."""
+    return SERIES[name](0)
 
 
 def condition_name(shape: tuple[int, ...]) -> str:
@@ -105,7 +118,7 @@ def build_task(config: ForecastConfig, seed: int) -> FlowTask:
     present = Present(name_of_condition=condition_name(shape))
     pairs = series_pairs(train, config.lag)
     change = float((pairs["x1"] - pairs["past"]).square().mean().sqrt())
-    notes: dict[str, Any] = {"forecast": config.kind, "mean": mean, "scale": scale, "lag": config.lag}
+    notes: dict[str, Any] = {"forecast": config.kind, "mean": mean.tolist(), "scale": scale.tolist(), "lag": config.lag}
     path: Any
     predicts: Any
     objective: Objective
@@ -160,7 +173,8 @@ def forecast(
         (leads, members, N, *shape).
     """
     one_step = flow.provenance.why_not_field() is not None
-    options = {"steps": 1} if one_step else {"steps": steps, "generator": generator, **options}
+    # A regressor is asked once, at t = 0, the only time it was trained at.
+    options = {"steps": 1, "final": "state"} if one_step else {"steps": steps, "generator": generator, **options}
     name = condition_name(tuple(state.shape[1:]))
     now = state.repeat(members, *[1] * (state.ndim - 1)).to(flow.device, flow.dtype)
     found = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def correlated_ends(settings: Settings) -> dict[str, float]:
     return found
 
 
-COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 def inpainting(settings: Settings) -> dict[str, float]:
@@ -63,7 +65,6 @@ def inpainting(settings: Settings) -> dict[str, float]:
     for name in ("coupled", "independent"):
         flow = Flow(
             build_network(network, (1, 8, 8), 0, seed, context=2),
-            path=linear(NoLatent()) if name == "coupled" else "linear",
             source=observed if name == "coupled" else None,
             shape=(1, 8, 8),
             conditions=("context",),
@@ -95,13 +96,30 @@ def inpainting(settings: Settings) -> dict[str, float]:
 
 
 def _calls_ratio(found: dict[str, float]) -> float:
-    """How many times more steps noise everywhere takes to be as near as the coupled flow, median over its counts."""
-    ratios = []
-    for count in COUNTS[:5]:
-        goal = found[f"coupled_{count}"]
-        enough = [c for c in COUNTS if found[f"independent_{c}"] <= goal]
-        ratios.append((min(enough) if enough else 2 * COUNTS[-1]) / count)
-    return sorted(ratios)[len(ratios) // 2]
+    """How many times more steps noise everywhere takes to the same distance, median over four goals that both reach.
+
+    The goals are 5, 10, 20 and 40 % above the larger of the two least distances; steps between counts are interpolated.
+    """
+    floor = max(min(found[f"{name}_{count}"] for count in COUNTS) for name in ("coupled", "independent"))
+    ratios = sorted(
+        _steps_to(found, "independent", goal * floor) / _steps_to(found, "coupled", goal * floor)
+        for goal in (1.05, 1.1, 1.2, 1.4)
+    )
+    return (ratios[1] + ratios[2]) / 2
+
+
+def _steps_to(found: dict[str, float], name: str, goal: float) -> float:
+    """Steps at which a flow first comes as near as `goal`, linear in log steps and log distance."""
+    before, above = COUNTS[0], found[f"{name}_{COUNTS[0]}"]
+    if above <= goal:
+        return float(before)
+    for count in COUNTS[1:]:
+        distance = found[f"{name}_{count}"]
+        if distance <= goal:
+            share = math.log(above / goal) / math.log(above / distance)
+            return math.exp(math.log(before) + share * math.log(count / before))
+        before, above = count, distance
+    return float(COUNTS[-1])
 
 
 def forecast_double_well(settings: Settings) -> dict[str, float]:
