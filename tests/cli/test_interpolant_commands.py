@@ -42,6 +42,10 @@ def test_noise_is_chosen_at_sampling(bridge, tmp_path):
         assert (tmp_path / name / "samples.png").is_file()
     assert torch.equal(found["ode"]["x0"], found["sde"]["x0"])
     assert not torch.allclose(found["ode"]["x"], found["sde"]["x"], atol=0.05)
+    # An epsilon without --sde is not passed over.
+    options = ["--count", "20", "--steps", "8", "--epsilon", "0.5"]
+    assert main(["sample", str(bridge), "--out", str(tmp_path / "implied"), *options]) == 0
+    assert torch.equal(samples(tmp_path / "implied")["x"], found["sde"]["x"])
     # Sample i depends on the seed and i only, its noise on the way included.
     assert torch.allclose(found["sde"]["x"], found["again"]["x"], atol=1e-5)
 
@@ -51,7 +55,7 @@ def test_the_rest_of_the_commands_on_a_bridge(bridge, tmp_path, capsys):
     assert main(["invert", str(bridge), "--out", str(tmp_path / "back"), "--count", "8", "--steps", "4"]) == 0
     options = ["--steps", "4", "--count", "50", "--sde", "--epsilon", "0.3"]
     assert main(["evaluate", str(bridge), *options, "--out", str(tmp_path / "evaluation.json")]) == 0
-    assert json.loads((tmp_path / "evaluation.json").read_text())["method"] == "euler, stochastic"
+    assert json.loads((tmp_path / "evaluation.json").read_text())["sampler"].startswith("SDE, epsilon 0.3")
     capsys.readouterr()
     assert train(bridge, "--data", "two_moons", "--source", "circles", "--resume", iterations=30) == 0
     card = (bridge / "README.md").read_text()
@@ -91,6 +95,9 @@ def test_mirror_and_inpainting_start_from_data(tmp_path):
     for name, options in (("i", ["--sde", "--epsilon", "0.2"]), ("j", [])):
         assert main(["sample", str(out), "--out", str(tmp_path / name), "--count", "4", "--steps", "3", *options]) == 0
     found = samples(tmp_path / "i")
+    labelled = ["--count", "4", "--steps", "2", "--label", "3"]
+    assert main(["sample", str(out), "--out", str(tmp_path / "k"), *labelled]) == 0
+    assert samples(tmp_path / "k")["label"].tolist() == [3] * 4
     mask = found["context"][:, -1:]
     assert torch.equal(found["x0"] * mask, found["context"][:, :1] * mask)
     assert (tmp_path / "i" / "starts.png").is_file()
@@ -126,6 +133,18 @@ def test_forecasts(tmp_path, capsys):
     }
     assert read_tensors(tmp_path / "f" / "forecast.safetensors")["members"].shape == (4, 2, 2)
     assert (tmp_path / "f" / "forecast.png").is_file()
+    np.save(tmp_path / "now.npy", np.zeros((3, 2), dtype=np.float32))
+    given = ["--input", str(tmp_path / "now.npy"), "--members", "5", "--leads", "2", "--steps", "3"]
+    assert main(["forecast", str(tmp_path / "bridge"), "--out", str(tmp_path / "h"), *given]) == 0
+    assert read_tensors(tmp_path / "h" / "forecast.safetensors")["members"].shape == (2, 5, 3, 2)
+    assert main(["invert", str(tmp_path / "bridge"), "--out", str(tmp_path / "i")]) == 2
+    assert "has no ODE" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "bridge"), "--steps", "2", "--count", "20"]) == 0
+    other = tmp_path / "x" / "bridge"
+    assert train(other, *data, "--lag", "2", recipe="forecasting", iterations=2) == 0
+    refused = ["--against", str(other), "--leads", "1"]
+    assert main(["forecast", str(tmp_path / "bridge"), "--out", str(tmp_path / "j"), *refused]) == 2
+    assert "same lag" in capsys.readouterr().err
     assert main(["forecast", str(tmp_path / "bridge"), "--out", str(tmp_path / "g"), "--leads", "40"]) == 2
     assert "do not fit" in capsys.readouterr().err
 

@@ -315,6 +315,107 @@ def test_last_steps_and_their_length(last):
         flow.sample(x0=x0, epsilon=0.5, last="meen")
 
 
+def test_one_step_between_clean_ends_is_one_step():
+    flow = exact_flow()
+    x0 = SOURCE.sample(10, torch.Generator().manual_seed(0))
+    euler = flow.sample(x0=x0, steps=1)
+    for amount in (0.0, 0.5):
+        solution = transport_sde(flow, x0, (0.0, 1.0), amount, steps=1, last="euler")
+        assert torch.allclose(solution.x, euler)
+        assert solution.evaluations == 1
+        assert torch.equal(solution.xs[0], x0)
+
+
+def test_the_cap_is_that_of_the_step_in_either_precision():
+    # Long and short steps in turn: drift and noise must agree about which one they are in.
+    grid = [0.0]
+    while grid[-1] < 1 - 1e-9:
+        grid.append(min(1.0, grid[-1] + (0.019 if len(grid) % 2 else 0.001)))
+    grid[-1] = 1.0
+    ends = []
+    for kind in (torch.float32, torch.float64):
+        flow = exact_flow().to(kind)
+        x0 = SOURCE.sample(20_000, torch.Generator().manual_seed(0)).to(kind)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", StiffNoise)
+            x = transport_sde(flow, x0, (0.0, 1.0), 20.0, steps=grid, generator=torch.Generator().manual_seed(1)).x
+        ends.append(x.double())
+    truth = TARGET.sample(20_000, torch.Generator().manual_seed(2))
+    for x in ends:
+        assert torch.allclose(x.T.cov(), truth.T.cov(), atol=0.1)
+    with pytest.warns(StiffNoise, match="lowered from 20"):
+        exact_flow().sample(4, epsilon=20.0, steps=20)
+
+
+@pytest.mark.parametrize("predicts", ["velocity+latent", "deterministic+latent", "deterministic+score", "latent"])
+def test_no_noise_is_left_at_the_end(predicts):
+    points = GaussianMixture(torch.ones(2), torch.tensor([[-1.0], [1.0]]), torch.full((2,), 1e-8))
+    path = si.mirror(4.0) if predicts == "latent" else si.linear()
+    field = MixtureField(points, points, path, predicts=predicts)
+    flow = pr.Flow(field, path=path, predicts=predicts, source=points, shape=(1,))
+    for options in ({"epsilon": 0.5}, {"epsilon": 0.5, "last": "denoise"}):
+        x = flow.sample(200, steps=200, generator=torch.Generator().manual_seed(0), **options)
+        assert float((x.abs() - 1).abs().max()) < 0.03
+
+
+def test_denoising_on_the_path_that_forgets():
+    flow = exact_flow(path=si.encoding_decoding())
+    x = flow.sample(500, epsilon=0.3, steps=40, last="denoise", generator=torch.Generator().manual_seed(0))
+    assert bool(x.isfinite().all())
+    late = torch.tensor(0.75, dtype=KIND)
+    field = MixtureField(TARGET, SOURCE, si.encoding_decoding())
+    assert torch.allclose(flow.denoise(x, late), field.denoise(x, late))
+    assert bool(flow.noise(x, late).isnan().all())  # nothing is known of x0 any more
+    with pytest.raises(ValueError, match="gamma' is infinite"):
+        exact_flow().denoise(x, torch.tensor(1.0, dtype=KIND))
+
+
+def test_denoising_steps_are_ddim_and_reach_the_ode():
+    flow = pr.Flow(MixtureField(TARGET), shape=(2,))
+    x0 = torch.randn(50, 2, dtype=KIND, generator=torch.Generator().manual_seed(0))
+    fine = pr.flow.denoising_steps(flow, x0, [i / 400 for i in range(401)])
+    assert torch.allclose(fine, flow.sample(x0=x0, steps=400, method="heun"), atol=0.02)
+    # On the linear path the step is Euler's.
+    assert torch.allclose(pr.flow.denoising_steps(flow, x0, [0.0, 0.5, 1.0]), flow.sample(x0=x0, steps=2))
+    with pytest.raises(ValueError, match="affine"):
+        pr.flow.denoising_steps(exact_flow(), x0, [0.0, 1.0])
+
+
+def test_what_has_no_ode_or_no_field_says_so():
+    fields = Fields(names=("drift",), epsilon="foellmer", start="vector")
+    network = MLP(MLPConfig(2, 8, 1, vector=2))
+    present = Present(name_of_condition="vector")
+    flow = pr.Flow(network, path="foellmer", predicts=fields, source=present, shape=(2,), conditions=("vector",))
+    x = torch.zeros(3, 2)
+    for use in (flow.invert, lambda x, **o: flow.transport(x, (0.0, 1.0), **o), flow.log_prob):
+        with pytest.raises(ValueError, match="has no ODE"):
+            use(x, condition={"vector": x})
+    distilled = exact_flow(provenance=pr.Provenance(coupling="distilled"))
+    with pytest.raises(ValueError, match="distilled"):
+        distilled.sample(3, epsilon=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"times": (0.0, 1.5)}, "times"),
+        ({"times": (0.0, 0.5, 1.0)}, "times"),
+        ({"steps": [0.2, 0.5, 0.7]}, "steps"),
+        ({"steps": 0}, "steps"),
+        ({"cap": -1.0}, "cap"),
+        ({"epsilon": math.inf}, "epsilon"),
+        ({"epsilon": "trained"}, "epsilon"),
+        ({"method": "rk4"}, "method"),
+    ],
+)
+def test_bad_options_of_the_sde(options, message):
+    settings = {"times": (0.0, 1.0), "epsilon": 0.5, **options}
+    with pytest.raises(ValueError, match=message):
+        transport_sde(
+            exact_flow(), torch.zeros(2, 2, dtype=KIND), settings.pop("times"), settings.pop("epsilon"), **settings
+        )
+
+
 def test_the_foellmer_process_leaves_one_point():
     # From one point x0 to N(2, 0.3): the drift is known, and no ODE could do it.
     path, m, v = si.foellmer(1.0), 2.0, 0.3

@@ -135,6 +135,11 @@ def test_a_bridge_beats_persistence_and_the_mean_on_a_random_walk(walk, tmp_path
         for other in ("persistence", "regressor"):
             assert found["bridge", lead].crps < found[other, lead].crps
             assert found["bridge", lead].energy < found[other, lead].energy
+    # The regressor is asked at t = 0, where it was trained, and once.
+    regressor = flows["regressor"]
+    condition = {"vector": test[:5, 0]}
+    asked = regressor.output(test[:5, 0], torch.zeros(()), condition)
+    assert torch.allclose(forecast(regressor, test[:5, 0], members=1)[0, 0], asked, atol=1e-6)
     assert found["bridge", 1].spread == pytest.approx(1.0, abs=0.2)
     assert "bridge" in scores_table(scores).text()
     with pytest.raises(ValueError, match="leads"):
@@ -155,6 +160,9 @@ def test_what_cannot_be_forecast_is_refused(tmp_path):
     np.save(tmp_path / "bad.npy", np.full((3, 4, 2), np.nan, dtype=np.float32))
     with pytest.raises(ValueError, match="NaN"):
         ForecastConfig(data=DataConfig(data=str(tmp_path / "bad.npy"))).open_series()
+    np.save(tmp_path / "still.npy", np.ones((3, 4, 2), dtype=np.float32))
+    with pytest.raises(ValueError, match="never changes"):
+        ForecastConfig(data=DataConfig(data=str(tmp_path / "still.npy"))).open_series()
     with pytest.raises(ValueError, match="noise"):
         ForecastConfig(noise=0.0)
     with pytest.raises(ValueError, match="source"):

@@ -4,6 +4,7 @@ from pantarhei.flow import couplings, interpolants, objectives, paths, predictio
 from pantarhei.flow.closed_form import GaussianMixture, MixtureField
 from pantarhei.flow.conditions import Condition
 from pantarhei.flow.control import kl_control, loss_gap
+from pantarhei.flow.denoising import denoising_steps
 from pantarhei.flow.entropic import EntropicField, Potentials, sinkhorn_potentials
 from pantarhei.flow.feature_jacobian import FeatureJacobian
 from pantarhei.flow.fields import Fields
@@ -58,6 +59,7 @@ __all__ = [
     "SuperResolution",
     "Term",
     "couplings",
+    "denoising_steps",
     "evaluation_mode",
     "fading",
     "interpolants",

@@ -15,6 +15,7 @@ from pantarhei.data.seeds import generator as seeded
 from pantarhei.flow import Flow, FlowMatching, Interpolation, Objective, Present, Provenance, evaluation_mode
 from pantarhei.flow.fields import Fields
 from pantarhei.flow.interpolants import foellmer
+from pantarhei.flow.predictions import Data
 from pantarhei.flow.provenance import DISTILLED
 from pantarhei.flow.times import Steps
 from pantarhei.metrics import crps, energy_score, spread_skill
@@ -128,7 +129,8 @@ def build_task(config: ForecastConfig, seed: int) -> FlowTask:
         provenance = Provenance(coupling="present", data=config.data.data, notes=notes)
         objective = Interpolation(observation=present)
     else:
-        path, predicts = "linear", "data"
+        # One Euler step from t = 0 over the whole interval gives the network's output there.
+        path, predicts = "linear", Data(margin=0.0)
         provenance = Provenance(coupling=DISTILLED, data=config.data.data, notes={**notes, "steps": 1})
         objective = FlowMatching(times=Steps(1), observation=present)
     flow = Flow(
@@ -173,8 +175,7 @@ def forecast(
         (leads, members, N, *shape).
     """
     one_step = flow.provenance.why_not_field() is not None
-    # A regressor is asked once, at t = 0, the only time it was trained at.
-    options = {"steps": 1, "final": "state"} if one_step else {"steps": steps, "generator": generator, **options}
+    options = {"steps": 1} if one_step else {"steps": steps, "generator": generator, **options}
     name = condition_name(tuple(state.shape[1:]))
     now = state.repeat(members, *[1] * (state.ndim - 1)).to(flow.device, flow.dtype)
     found = []

@@ -133,13 +133,13 @@ LEARNED = (
     Experiment(
         "contained",
         "Exact fields: the score-based diffusion of the path alpha = t, sigma = sqrt(1 - t^2) is the SDE with its "
-        "own epsilon; the paper's denoising step is the DDIM step. Learned: 20,000 pairs of a bridge's ODE teach a "
+        "own epsilon; the denoising sampler is DDIM. Learned: 20,000 pairs of a bridge's ODE teach a "
         "straight flow (perceptron of 3 x 256, 3,000 Adam steps); 2-Wasserstein distance of 2,000 points over that "
         "of two fresh data sets.",
         learned.contained,
         (
             Claim("Diffusion is contained", "diffusion_error", "relative error of the drift", "at most", 1e-6),
-            Claim("So is DDIM", "ddim_error", "relative error of a step", "at most", 1e-6),
+            Claim("So is DDIM", "ddim_error", "relative difference after ten steps", "at most", 1e-6),
             Claim("Rectification keeps the law", "rectified_over_floor", "distance / floor", "at most", 1.5),
             Claim("And straightens", "straighter", "bend before / after", "at least", 2),
         ),
