@@ -104,7 +104,7 @@ def test_wrong_pairs_are_refused_from_the_command_line(runs, tmp_path, capsys):
 def test_stochastic_sampling_and_likelihood(runs, tmp_path, capsys):
     sample = ["sample", runs / "digits", "--count", 4, "--steps", 3, "--out", tmp_path]
     assert run(*sample, "--sde", "--epsilon", 0.3) == 0
-    refused(capsys, "leave --method out", *sample, "--sde", "--method", "heun")
+    refused(capsys, "--method euler or heun", *sample, "--sde", "--method", "rk4")
     refused(capsys, "first time", *sample, "--published-grid")
     refused(capsys, "not Gaussian", "sample", runs / "transfer", "--sde", "--out", tmp_path)
     assert run("evaluate", runs / "digits", "--steps", 1, "--count", 20, "--likelihood", 4) == 0
