@@ -27,7 +27,7 @@ def samples(folder):
     return read_tensors(folder / "samples.safetensors")
 
 
-def test_noise_is_chosen_at_sampling(bridge, tmp_path):
+def test_noise_is_chosen_at_sampling(bridge, tmp_path, capsys):
     found = {}
     for name, options in {
         "ode": [],
@@ -42,6 +42,12 @@ def test_noise_is_chosen_at_sampling(bridge, tmp_path):
         assert (tmp_path / name / "samples.png").is_file()
     assert torch.equal(found["ode"]["x0"], found["sde"]["x0"])
     assert not torch.allclose(found["ode"]["x"], found["sde"]["x"], atol=0.05)
+    capsys.readouterr()
+    strong = ["--count", "4", "--steps", "8", "--sde", "--epsilon", "50"]
+    assert main(["sample", str(bridge), "--out", str(tmp_path / "strong"), *strong]) == 0
+    assert capsys.readouterr().err.startswith("warning: epsilon was lowered from 50")
+    assert main(["sample", str(bridge), "--out", str(tmp_path / "wild"), *strong, "--cap", "None"]) == 0
+    assert "steps overshoot above 1" in capsys.readouterr().err
     # An epsilon without --sde is not passed over.
     options = ["--count", "20", "--steps", "8", "--epsilon", "0.5"]
     assert main(["sample", str(bridge), "--out", str(tmp_path / "implied"), *options]) == 0

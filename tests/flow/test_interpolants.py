@@ -359,6 +359,7 @@ def test_no_noise_is_left_at_the_end(predicts):
 
 
 def test_denoising_on_the_path_that_forgets():
+    assert 0.5 in pr.flow.make_grid(7, path=si.EncodingDecoding())
     flow = exact_flow(path=si.encoding_decoding())
     x = flow.sample(500, epsilon=0.3, steps=40, last="denoise", generator=torch.Generator().manual_seed(0))
     assert bool(x.isfinite().all())

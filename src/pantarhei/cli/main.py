@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0, 2 for the user's mistakes, 1 for the machine's faults."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return _run(arguments)
     except (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError, ImportError) as error:
         return _fail(error, 2)
     except (OSError, MemoryError, FloatingPointError, RuntimeError) as error:
@@ -130,6 +133,14 @@ def _overview() -> str:
 def _kinds(verb: str) -> str:
     lines = [f"pantarhei {verb} RECIPE ...", ""]
     return "\n".join([*lines, *(f"  {name}: {text}" for name, (_, _, text) in VERBS[verb].items())])
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+    """Our own warnings as a line; those of others as they are."""
+    if category.__module__.startswith("pantarhei"):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
 
 
 def _fail(error: BaseException, status: int) -> int:

@@ -322,7 +322,8 @@ class Flow(nn.Module):
         nodes: Any = steps
         if isinstance(steps, int):
             ends = (min(times[0], times[-1]), max(times[0], times[-1]))
-            path = self.path if isinstance(self.path, AffinePath) else None
+            path = self.path.ends if isinstance(self.path, Interpolant) else self.path
+            path = path if isinstance(path, AffinePath) else None
             nodes = make_grid(steps, ends, kind=grid, shift=shift, path=path)
             nodes = nodes if times[-1] > times[0] else nodes[::-1]
         elif steps is None and not as_step(method).adaptive:

@@ -41,7 +41,7 @@ def make_grid(
             function of u in [0, 1] onto [0, 1].
         shift: SD3's resolution shift, t -> t / (shift - (shift - 1) t), applied once, to i/steps; > 1 spends more steps
             near the noise.
-        path: the path, for the kinds that need one.
+        path: the path, for the kinds that need one; where it has a kink, the nearest node is put there.
         rho: exponent of "karras".
 
     Raises:
@@ -61,6 +61,10 @@ def make_grid(
         raise ValueError(f"grid: must be {', '.join(WARPS)}, logsnr, karras or a function, got {kind!r}")
     if shift != 1.0:
         times = [min(max(shift_time(t, shift), low), high) for t in times]
+    kink = getattr(path, "kink", None)
+    if kink is not None and steps > 1 and low < kink < high:
+        nearest = min(range(1, steps), key=lambda i: abs(times[i] - kink))
+        times[nearest] = kink
     grid = (low, *times[1:-1], high)
     if any(b <= a for a, b in pairwise(grid)):
         raise ValueError("grid: times must rise strictly")

@@ -23,8 +23,10 @@ from pantarhei.solve.state import per_row
 class EncodingDecoding(AffinePath):
     """The source fades out before the data fade in: cos^2(pi t) of x0 up to t = 1/2, of x1 from there on.
 
-    At t = 1/2 only the latent is left (with `SineSquared`); the second derivatives jump there: give a grid a node at 1/2.
+    At t = 1/2 only the latent is left (with `SineSquared`); the second derivatives jump there, so grids have a node there.
     """
+
+    kink = 0.5
 
     def alpha(self, t: Tensor) -> Tensor:
         """cos^2(pi t) in the second half, else 0."""
