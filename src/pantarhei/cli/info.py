@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tyro
 
-from pantarhei.data import TOYS
+from pantarhei.data import SERIES, TOYS
 from pantarhei.data.shards import HEADER, ShardStore
 from pantarhei.flow import Flow
 from pantarhei.flow.couplings import COUPLINGS
+from pantarhei.flow.fields import SETS
+from pantarhei.flow.gammas import GAMMAS
 from pantarhei.flow.grids import WARPS
+from pantarhei.flow.interpolants import INTERPOLANTS
+from pantarhei.flow.noise_amounts import NoiseForm
+from pantarhei.flow.observations import OBSERVATIONS
 from pantarhei.flow.paths import PATHS
 from pantarhei.flow.predictions import PREDICTIONS
 from pantarhei.flow.pretrained import SPEC
@@ -19,10 +24,13 @@ from pantarhei.flow.times import TIME_LAWS
 from pantarhei.images import AUGMENTATIONS
 from pantarhei.interop import load
 from pantarhei.networks import CONFIGS
+from pantarhei.recipes.cards import fields_in_words, path_in_words
 from pantarhei.recipes.rectified_flow import PRESETS
+from pantarhei.recipes.registry import RECIPES
 from pantarhei.recipes.systems import SYSTEMS
 from pantarhei.report import Table
 from pantarhei.solve import METHODS
+from pantarhei.solve.sde import SDE_METHODS
 from pantarhei.straighten import inspect_pairs
 from pantarhei.training import Run, checkpoints
 
@@ -48,17 +56,24 @@ def info(path: tyro.conf.Positional[Path]) -> int:
 def list_names() -> int:
     """Print the systems and every name that options take."""
     rows: list[tuple[str, str]] = [
-        ("recipes (train)", "rectified-flow"),
+        ("recipes (train)", ", ".join(RECIPES)),
         ("straighten", "reflow, distil"),
         ("presets", ", ".join(PRESETS)),
         ("data", f"digits, a folder or zip of images, CIFAR-10 files, parquet, hf:NAME, {', '.join(TOYS)}"),
+        ("series", f"FILE.npy, FILE.safetensors, {', '.join(SERIES)}"),
         ("augmentations", ", ".join(AUGMENTATIONS)),
         ("networks", ", ".join(CONFIGS)),
         ("paths", ", ".join(PATHS)),
+        ("interpolants", ", ".join(INTERPOLANTS)),
+        ("latents (gamma)", ", ".join(GAMMAS)),
         ("predictions", ", ".join(PREDICTIONS)),
+        ("fields (with a latent)", ", ".join("+".join(names) for names in SETS)),
+        ("observations", ", ".join(OBSERVATIONS)),
         ("time laws", ", ".join(TIME_LAWS)),
         ("couplings", ", ".join(COUPLINGS)),
         ("methods", ", ".join(METHODS)),
+        ("stochastic methods", ", ".join(SDE_METHODS)),
+        ("forms of epsilon", ", ".join(get_args(NoiseForm))),
         ("grids", ", ".join([*WARPS, "logsnr", "karras"])),
     ]
     print(Table(("kind", "names"), rows).text())
@@ -87,7 +102,7 @@ def _flow(path: Path) -> list[tuple[str, Any]]:
     provenance = flow.provenance
     return [
         ("network", f"{type(flow.network).__name__}, {sum(p.numel() for p in flow.network.parameters()):,} parameters"),
-        ("path, prediction", f"{flow.path.spec()['name']}, {flow.prediction.spec()['name']}"),
+        ("path, prediction", f"{path_in_words(flow.spec()['path'])}, {fields_in_words(flow.spec()['predicts'])}"),
         ("sample shape", "x".join(map(str, flow.shape or ())) or "not known"),
         ("conditions", ", ".join(flow.conditions) or "none"),
         ("coupling", f"{provenance.coupling}, rectified {provenance.rectified}x"),

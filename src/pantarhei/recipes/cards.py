@@ -24,7 +24,7 @@ def write_card(run: Run, result: TrainResult, *, notes: str = "") -> Path:
         "| | |",
         "|---|---|",
         f"| data | {provenance['data'] or config['data'].get('name', '')} |",
-        f"| path, prediction | {_path(flow['path'])}, {_fields(flow['predicts'])} |",
+        f"| path, prediction | {path_in_words(flow['path'])}, {fields_in_words(flow['predicts'])} |",
         f"| network | {_settings(network)} |",
         f"| coupling | {provenance['coupling']}, rectified {provenance['rectified']}x |",
         f"| training | {result.iteration:,} iterations of batch {loop['batch']}, seed {loop['seed']}, {loop['precision']}, "
@@ -47,14 +47,16 @@ def write_card(run: Run, result: TrainResult, *, notes: str = "") -> Path:
     return write_atomically(run.folder / "README.md", ("\n".join(lines) + "\n").encode())
 
 
-def _path(spec: dict[str, Any]) -> str:
+def path_in_words(spec: dict[str, Any]) -> str:
+    """A path's `spec()` in words."""
     if spec["name"] != "interpolant":
         return str(spec["name"])
     ends = spec["ends"].get("base", spec["ends"])
     return f"interpolant: {ends['name']} with a latent {_settings(spec['gamma'])}"
 
 
-def _fields(spec: dict[str, Any]) -> str:
+def fields_in_words(spec: dict[str, Any]) -> str:
+    """A prediction's `spec()` in words."""
     return "+".join(spec.get("names", [spec["name"]]))
 
 
