@@ -85,6 +85,16 @@ def test_bad_options_are_one_line(bridge, tmp_path, capsys, options, message):
     assert error.count("\n") == 1
 
 
+def test_what_is_straightened(bridge, tmp_path, capsys):
+    made = ["--pairs", "32", "--pair-steps", "2", "--iterations", "3", "--preview-every", "0", "--no-tensorboard"]
+    assert main(["straighten", "reflow", str(bridge), "--out", str(tmp_path / "a"), *made]) == 2
+    assert "path has a latent" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()  # nothing was made before
+    assert train(tmp_path / "noise", "--data", "two_moons", iterations=3) == 0
+    assert main(["straighten", "reflow", str(tmp_path / "noise"), "--out", str(tmp_path / "b"), *made]) == 0
+    assert main(["evaluate", str(tmp_path / "b"), "--steps", "1", "--count", "20"]) == 0  # its data are the teacher's
+
+
 def test_a_flow_without_a_score_says_how_to_get_one(tmp_path, capsys):
     out = tmp_path / "run"
     assert train(out, "--data", "two_moons", "--source", "circles", "--gamma", "none", iterations=2) == 0

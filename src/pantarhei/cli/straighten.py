@@ -24,6 +24,7 @@ from pantarhei.straighten import (
     OnlinePairs,
     PairSource,
     Solver,
+    check_reflow,
     check_teacher,
     distillation_task,
     find_pairs,
@@ -146,6 +147,7 @@ def straighten_reflow(
         folder = out / f"round-{number}" if rounds > 1 else out
         check_new(folder, learning.resume)
         flow = _open_teacher(teacher, machines)
+        check_reflow(flow)
         flow.require_field()
         # New draws in every round, as the method asks.
         seed = learning.seed + number - 1
@@ -248,7 +250,7 @@ def _train(
 ) -> int:
     # The teacher's recipe stays with the student, so that it can be evaluated on the same data.
     config: dict[str, Any] = {"system": "rectified-flow", "kind": kind, "teacher": str(teacher)}
-    config |= {"recipe": _recipe(teacher), "pairs": None if isinstance(pairs, OnlinePairs) else str(pair_folder(pairs))}
+    config |= {**_recipe(teacher), "pairs": None if isinstance(pairs, OnlinePairs) else str(pair_folder(pairs))}
     _set_dropout(task.flow.network, learning.dropout)
     return report_end(
         train(task, out, config=config, **learning.loop_options(), **machines.options(), **keeping.options())
@@ -310,4 +312,7 @@ def _pairs(flow: Flow, run: Path, out: Path, pairing: Pairing, seed: int) -> Pai
 
 
 def _recipe(run: Path) -> dict[str, object]:
-    return dict(Run.open(run).config.get("recipe", {})) if (run / "config.yaml").is_file() else {}
+    """The recipe that the teacher was trained with, and which system's it is."""
+    config = Run.open(run).config if (run / "config.yaml").is_file() else {}
+    recipe_of = config.get("recipe_of", config.get("system", "rectified-flow"))
+    return {"recipe": dict(config.get("recipe", {})), "recipe_of": recipe_of}

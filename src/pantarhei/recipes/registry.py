@@ -20,14 +20,14 @@ RECIPES: dict[str, type[Recipe]] = {
 
 
 def recipe_in(config: Mapping[str, Any]) -> Recipe | None:
-    """The recipe that a run's `config.yaml` names; None where there is none.
+    """The recipe that a run's `config.yaml` names, its own or its teacher's; None where there is none.
 
     Raises:
         ValueError: of a system that is not known here, or with settings that its recipe does not have.
     """
     if not config.get("recipe"):
         return None
-    system = str(config.get("system", "rectified-flow"))
+    system = str(config.get("recipe_of", config.get("system", "rectified-flow")))
     if system not in RECIPES:
         raise ValueError(unknown("system", system, RECIPES))
     return read_recipe(RECIPES[system], config["recipe"], network=NetworkConfig)

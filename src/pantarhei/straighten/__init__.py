@@ -3,7 +3,7 @@
 from pantarhei.straighten.analysis import Balance, MarginalCheck, balance, check_marginals
 from pantarhei.straighten.distillation import check_teacher, distil, distillation_task
 from pantarhei.straighten.pairs import PairReport, Solver, inspect_pairs, make_pairs
-from pantarhei.straighten.reflow import reflow, reflow_task
+from pantarhei.straighten.reflow import check_reflow, reflow, reflow_task
 from pantarhei.straighten.schroedinger import Bridge, bridge_flow
 from pantarhei.straighten.schroedinger_imf import Entropic, markovian_fitting
 from pantarhei.straighten.schroedinger_maxmin import BentLine, MaxMin, maxmin_bridge
@@ -37,6 +37,7 @@ __all__ = [
     "bridge_flow",
     "check_marginals",
     "check_pairs",
+    "check_reflow",
     "check_teacher",
     "distil",
     "distillation_task",

@@ -44,12 +44,7 @@ def reflow_task(
     Raises:
         ValueError: the pairs are not finished, swapped, of another shape or of another teacher.
     """
-    flow.require_field()
-    if isinstance(flow.path, Interpolant):
-        raise ValueError(
-            "flow: its path has a latent, which pairs of its ODE do not need; train a straight flow on them instead "
-            "(Flow(path='linear', source=...) and any_teacher=True)"
-        )
+    check_reflow(flow)
     check_pairs(pairs, flow, any_teacher=any_teacher)
     kept_notes = {key: value for key, value in flow.provenance.notes.items() if key != "steps"}
     notes = {**kept_notes, "pairs": len(pairs), "guidance_in_pairs": pairs.header["guidance"]}
@@ -59,6 +54,20 @@ def reflow_task(
     objective = FlowMatching(times=times or Uniform(), coupling=Pairs())
     kept, held_out = split_pairs(pairs)
     return FlowTask(student, objective, kept, held_out=held_out, optimization=optimization, average=average)
+
+
+def check_reflow(flow: Flow) -> None:
+    """Refuse a flow that cannot be straightened by going on, before pairs are made with it.
+
+    Raises:
+        ValueError: it was distilled, or its path has a latent.
+    """
+    flow.require_field()
+    if isinstance(flow.path, Interpolant):
+        raise ValueError(
+            "flow: its path has a latent, which pairs of its ODE do not need; train a straight flow on them instead "
+            "(Flow(path='linear', source=...) and reflow_task(any_teacher=True))"
+        )
 
 
 def reflow(
@@ -97,6 +106,7 @@ def reflow(
         raise ValueError(f"rounds: must be at least 1, got {rounds}")
     if rounds > 1 and not isinstance(pairs, int):
         raise ValueError("pairs: later rounds need pairs of their own; give a number of pairs")
+    check_reflow(flow)
     for number in range(1, rounds + 1):
         folder = Path(to) / f"round-{number}" if rounds > 1 else Path(to)
         # New draws in every round, as the method asks.
