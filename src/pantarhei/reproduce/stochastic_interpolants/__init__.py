@@ -216,7 +216,7 @@ BRIDGES = (
             Claim("Its coupling is cheaper", "maxmin_cost_over_linear", "cost / linear interpolant's", "at most", 1),
         ),
         pictures={
-            "bridge-gaussians.png": "The drift at three times: exact, IMF, max-min, linear interpolant (seed 0)."
+            "bridge-gaussians.png": "The forward drift at t = 0.5 (seed 0)."
         },
     ),
     Experiment(
@@ -231,7 +231,7 @@ BRIDGES = (
             Claim("Max-min recovers the bridge", "maxmin_drift_error", "relative L2 of the drift", "at most", 0.1),
             Claim("Its coupling is cheaper", "maxmin_cost_over_linear", "cost / linear interpolant's", "at most", 1),
         ),
-        pictures={"bridge-modes.png": "The drift at three times (seed 0)."},
+        pictures={"bridge-modes.png": "The forward drift at t = 0.3, from N(0, 1) (seed 0)."},
     ),
     Experiment(
         "bridge-moons",
