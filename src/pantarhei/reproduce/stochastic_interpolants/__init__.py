@@ -215,9 +215,7 @@ BRIDGES = (
             Claim("Max-min recovers the bridge", "maxmin_drift_error", "relative L2 of the drift", "at most", 0.1),
             Claim("Its coupling is cheaper", "maxmin_cost_over_linear", "cost / linear interpolant's", "at most", 1),
         ),
-        pictures={
-            "bridge-gaussians.png": "The forward drift at t = 0.5 (seed 0)."
-        },
+        pictures={"bridge-gaussians.png": "The forward drift at t = 0.5 (seed 0)."},
     ),
     Experiment(
         "bridge-modes",
