@@ -1,7 +1,7 @@
 """Log-likelihood against `flow_matching`: the same network, exact divergence, the same error reached.
 
 1,000 points of an 8-dimensional mixture (the field is exact, and so is the density it is compared with), and 1,000 digits
-of 8x8 pixels as points (a perceptron trained for a moment; compared with a solve in float64 at 1e-6). Each side first tries
+of 8x8 pixels as points (a perceptron trained for a moment; compared with a solve in float64 at 1e-5). Each side first tries
 its methods and tolerances, and is timed at the setting that is quickest among those that reach the error.
 """
 
@@ -48,10 +48,10 @@ def _digits(count: int, quick: bool) -> tuple[str, nn.Module, Tensor, Tensor, fl
     x = x + torch.rand(x.shape, generator=seeded(0, 2)) / 8  # levels are 1/8 apart
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        flow = Flow(MLP(MLPConfig(64, 256, 3)), shape=(64,))
+        flow = Flow(MLP(MLPConfig(64, 128, 2)), shape=(64,))
     flow = fit(flow, x, seed=0, iterations=20 if quick else 500)
     network = flow.network.requires_grad_(False)
-    wanted = Flow(network.double(), shape=(64,)).log_prob(x.double(), rtol=1e-6, atol=1e-6)
+    wanted = Flow(network.double(), shape=(64,)).log_prob(x.double(), rtol=1e-5, atol=1e-5)
     return "digits 8x8", network.float(), x, wanted, 1e-2
 
 
@@ -69,7 +69,7 @@ def _record(case: str, network: nn.Module, x: Tensor, wanted: Tensor, error: flo
         options = {"method": method, "atol": tolerance, "rtol": tolerance, "exact_divergence": True, "step_size": None}
         return lambda: solver.compute_likelihood(x, log_p0=normal, **options)[1]
 
-    tolerances = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+    tolerances = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-6)
     settings = {
         "ours": _quickest(ours, ("bosh3", "dopri5", "tsit5"), tolerances, wanted, error),
         "theirs": _quickest(theirs, ("bosh3", "dopri5"), tolerances, wanted, error),

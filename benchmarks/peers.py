@@ -54,12 +54,19 @@ def rectified_flow_modules() -> tuple[Any, Any]:
 
 
 def flow_matching_solver() -> Any:
-    """flow_matching's `ODESolver`; its discrete solver, imported beside it, asks for tqdm, which is then not used."""
+    """flow_matching's `ODESolver`.
+
+    Its discrete solver, which is imported beside it, asks for tqdm; where that is missing an empty one stands in meanwhile.
+    """
     peer("flow_matching")
-    if "tqdm" not in sys.modules and importlib.util.find_spec("tqdm") is None:
+    missing = "tqdm" not in sys.modules and importlib.util.find_spec("tqdm") is None
+    if missing:
         stand_in = ModuleType("tqdm")
         stand_in.tqdm = iter  # type: ignore[attr-defined]
         sys.modules["tqdm"] = stand_in
-    from flow_matching.solver import ODESolver
-
+    try:
+        from flow_matching.solver import ODESolver
+    finally:
+        if missing:
+            del sys.modules["tqdm"]
     return ODESolver
