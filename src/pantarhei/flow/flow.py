@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pantarhei.flow import paths, pretrained
 from pantarhei.flow.conditions import Condition, Null, as_condition
+from pantarhei.flow.estimates import Estimates
 from pantarhei.flow.fields import Fields, build_fields
 from pantarhei.flow.gammas import NoLatent
 from pantarhei.flow.grids import Grid, GridName, make_grid
@@ -30,11 +31,12 @@ from pantarhei.flow.transforms import FieldTransform, Guidance, TransformedField
 from pantarhei.solve import Solution, ode
 from pantarhei.solve.methods import MethodName, as_step
 from pantarhei.solve.ode import Hook
+from pantarhei.solve.state import per_row
 from pantarhei.solve.steps import Step
 
 ConditionLike = Condition | Mapping[str, Tensor] | Tensor | None
 # Below this noise level a state counts as clean: no denoising step is added at the end.
-CLEAN = 5e-4
+NOISE_LEFT = 5e-4
 
 
 class Codec(Protocol):
@@ -102,20 +104,17 @@ class Flow(nn.Module):
         self._interval, self._first_sigma, self._last_sigma = (0.0, 1.0), 1.0, 0.0
         if isinstance(self.path, AffinePath):
             self._interval = self.prediction.interval(self.path)
-            ends = torch.tensor(self._interval, dtype=torch.float64)
-            self._first_sigma, self._last_sigma = self.path.sigma(ends).tolist()
+            self._first_sigma = float(self.path.sigma(torch.tensor(self._interval[0], dtype=torch.float64)))
         elif latent:
             self._interval = self.prediction.interval(self.path)
-            self._last_sigma = float(self.path.gamma.value(torch.tensor(self._interval[1], dtype=torch.float64)))
         self._narrowed = interval is not None
         if interval is not None:
             (low, high), (first, last) = self._interval, (float(t) for t in interval)
             if not low <= first < last <= high:
                 raise ValueError(f"interval: must lie inside [{low:g}, {high:g}], got [{first:g}, {last:g}]")
             self._interval = (first, last)
-            if latent or isinstance(self.path, AffinePath):
-                level = self.path.gamma.value if latent else self.path.sigma
-                self._last_sigma = float(level(torch.tensor(last, dtype=torch.float64)))
+        if hasattr(self.path, "level"):
+            self._last_sigma = float(self.path.level(torch.tensor(self._interval[1], dtype=torch.float64)))
 
     # What the flow knows of itself
 
@@ -256,14 +255,12 @@ class Flow(nn.Module):
             ValueError: where it is not known (after reflow, say), with the reason; and where sigma(t), or gamma(t), is 0.
         """
         self.require_score()
-        latent = isinstance(self.path, Interpolant)
-        c = self.path.at(t, x)
-        level = c.gamma if latent else c.sigma
+        level = per_row(self.path.level(t), x).to(x.dtype)
         if bool((level <= 0).any()):
-            raise ValueError(
-                f"t: the score is unbounded where {'gamma' if latent else 'sigma'}(t) = 0; keep away from there"
-            )
-        return -(self.latent if latent else self.noise)(x, t, condition) / level
+            raise ValueError("t: the score is unbounded where sigma(t), or gamma(t), is 0; keep away from there")
+        check_times(self.interval, t, "score")
+        output = self.output(x, t, condition)
+        return -self.prediction.latent(self.path, x, t, output, **self._start(condition)) / level
 
     def _start(self, condition: ConditionLike) -> dict[str, Tensor]:
         """x0, where the network was given it as a condition."""
@@ -390,11 +387,12 @@ class Flow(nn.Module):
             else:
                 options["generator"] = generator
                 x = transport_sde(self, x, (low, high), epsilon, condition=condition, **options).x
-            if final == "denoise" or (final == "auto" and self._last_sigma > CLEAN):
+            if final == "denoise" or (final == "auto" and self._last_sigma > NOISE_LEFT):
                 t = x.new_full((), high, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
                 named = as_condition(condition, self.null, x.shape[0])
                 named = None if named is None else named.to(x.device)
-                x = self._denoised(x, t, named, options.get("guidance", 1.0), options.get("transforms", ()))
+                guided = Estimates(self, options.get("guidance", 1.0), options.get("transforms", ()))
+                x = guided.ends(x, t, named).data
         return self.decode(x) if decode else x
 
     @torch.no_grad()
@@ -412,14 +410,6 @@ class Flow(nn.Module):
             start = self.encode(x) if encode else x
             end = self.transport(start, (high, low), condition=condition, **options).x
         return end / self._first_sigma
-
-    def _denoised(self, x: Tensor, t: Tensor, condition: Any, guidance: Any, transforms: Any) -> Tensor:
-        """E[x1 | x_t] under guidance."""
-        guided = self.field(guidance, transforms)
-        if isinstance(self.prediction, Fields):
-            output = TransformedField(self.output, guided.transforms)(x, t, condition)
-            return self.prediction.ends(self.path, x, t, output, **self._start(condition)).data
-        return build_prediction("velocity").ends(self.path, x, t, guided(x, t, condition)).data
 
     def log_prob(
         self,

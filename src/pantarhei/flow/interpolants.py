@@ -173,6 +173,10 @@ class Interpolant:
         """Coefficient of the source."""
         return self.ends.sigma(t)
 
+    def level(self, t: Tensor) -> Tensor:
+        """The noise level, which the score is divided by: gamma."""
+        return self.gamma.value(t)
+
     def at(self, t: Tensor, like: Tensor) -> LatentCoefficients:
         """All coefficients at t, 0-d or (B,), in shape and dtype to multiply `like` (B, ...)."""
         ends, gamma = self.ends, self.gamma

@@ -33,15 +33,14 @@ def noise_amount(form: NoiseForm, scale: float, path: Any) -> Callable[[float], 
         raise ValueError(unknown("form", form, get_args(NoiseForm)))
     if not scale >= 0:
         raise ValueError(f"epsilon: must not be negative, got {scale}")
-    latent = isinstance(path, Interpolant)
-    if form == "diffusion" and latent:
+    if form == "diffusion" and isinstance(path, Interpolant):
         raise ValueError("form: 'diffusion' is for one-sided paths; on a path with a latent take 'variance'")
 
     def at(function: Callable[[torch.Tensor], torch.Tensor], t: float) -> float:
         return float(function(torch.tensor(t, dtype=torch.float64)))
 
     def level(t: float) -> float:
-        return at(path.gamma.value if latent else path.sigma, t)
+        return at(path.level, t)
 
     def diffusion(t: float) -> float:
         ratio = at(path.alpha_dot, t) / max(at(path.alpha, t), 1e-12)
@@ -55,7 +54,7 @@ def noise_amount(form: NoiseForm, scale: float, path: Any) -> Callable[[float], 
         "decreasing": lambda t: (scale * math.cos(math.pi * t) + 1) ** 2 / 4,
         "bump": lambda t: scale * math.sin(math.pi * t) ** 2,
         "diffusion": lambda t: scale * diffusion(t),
-        "fading": lambda t: scale * (1 - t) ** 2 / 2,
+        "fading": fading(scale),
     }
     return forms[form]
 

@@ -101,8 +101,8 @@ def path_likelihood(
         def field(p: Tensor) -> Tensor:
             nonlocal score
             if clean:
-                return equation.velocity(p, moment, equation.condition)
-            velocity, latent = equation.estimates(p, moment, equation.condition)
+                return equation.estimates.velocity(p, moment, equation.condition)
+            velocity, latent = equation.estimates.velocity_and_noise(p, moment, equation.condition)
             score = latent.detach() / -equation.level(t)
             return torch.sub(velocity, latent, alpha=equation.amount(t) / equation.level(t))
 

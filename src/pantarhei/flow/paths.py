@@ -56,6 +56,10 @@ class AffinePath:
         """Coefficient of the source."""
         raise TypeError(f"{type(self).__name__} does not define sigma")
 
+    def level(self, t: Tensor) -> Tensor:
+        """The noise level, which the score is divided by: sigma."""
+        return self.sigma(t)
+
     def alpha_dot(self, t: Tensor) -> Tensor:
         """d alpha / dt."""
         return _derivative(self.alpha, t)

@@ -59,6 +59,10 @@ class Prediction:
         c = path.at(t, x)
         return c.alpha_dot * data + c.sigma_dot * noise
 
+    def latent(self, path: Any, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The expected Gaussian noise in x_t: x0 on an affine path."""
+        return self.ends(path, x, t, output).noise
+
     def spec(self) -> dict[str, Any]:
         """The prediction as data."""
         return {"name": next(n for n, kind in PREDICTIONS.items() if kind is type(self)), **asdict(self)}

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from pantarhei.flow.conditions import as_condition
+from pantarhei.flow.estimates import Estimates
 from pantarhei.flow.grids import make_grid
 from pantarhei.flow.interpolants import Interpolant
 from pantarhei.flow.noise_amounts import Epsilon
-from pantarhei.flow.predictions import Velocity
-from pantarhei.flow.transforms import TransformedField
 from pantarhei.naming import unknown
 from pantarhei.solve import Solution, ode, sde
 from pantarhei.solve.sde import SDEMethodName
@@ -132,13 +131,12 @@ def transport_sde(
 
 
 class Equation:
-    """Velocity, latent and drift of a flow at (x, t), from one call of its network."""
+    """The drift of a flow's SDE and its noise, step by step."""
 
     def __init__(
         self, flow: Flow, epsilon: Any, x: Tensor, condition: Any, guidance: Any, transforms: Sequence[FieldTransform]
     ):
         self.flow, self.forward, self.path = flow, True, flow.path
-        self.latent_path = isinstance(flow.path, Interpolant)
         names = getattr(flow.prediction, "names", ())
         trained = flow.prediction.trained_epsilon(flow.path) if "drift" in names else None
         if epsilon == "trained" and trained is None:
@@ -151,9 +149,7 @@ class Equation:
             flow.require_score()
         named = as_condition(condition, flow.null, x.shape[0])
         self.condition = None if named is None else named.to(x.device)
-        # On a path with a latent the network's stacked fields are transformed together.
-        plain = flow.field(guidance, transforms)
-        self._field = TransformedField(flow.output, plain.transforms) if self.latent_path else plain
+        self.estimates = Estimates(flow, guidance, transforms)
 
     def place(self, nodes: Sequence[float], forward: bool, cap: float | None) -> None:
         """Tell it its noisy steps, its direction, and where epsilon is capped."""
@@ -164,7 +160,7 @@ class Equation:
         """A `before_step` hook that keeps the number of the step, all of which has one cap, and then calls `hook`."""
 
         def before(x: Any, t: float, step: int) -> Any:
-            self._step = step
+            self._step = self.estimates.field.step = step
             return None if hook is None else hook(x, t, step)
 
         return before
@@ -186,61 +182,26 @@ class Equation:
 
     def level(self, t: float) -> float:
         """The noise level: sigma, or gamma."""
-        moment = torch.tensor(t, dtype=torch.float64)
-        return float(self.path.gamma.value(moment) if self.latent_path else self.path.sigma(moment))
-
-    def estimates(self, x: Tensor, t: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
-        """The velocity, and the expected noise given x_t."""
-        value = self._field(x, t, condition)
-        if not self.latent_path:
-            return value, Velocity().ends(self.path, x, t, value).noise
-        known = self._known(condition)
-        prediction = self.flow.prediction
-        return (
-            prediction.velocity(self.path, x, t, value, **known),
-            prediction.latent(self.path, x, t, value, **known),
-        )
-
-    def velocity(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
-        """The velocity."""
-        value = self._field(x, t, condition)
-        if not self.latent_path:
-            return value
-        return self.flow.prediction.velocity(self.path, x, t, value, **self._known(condition))
+        return float(self.path.level(torch.tensor(t, dtype=torch.float64)))
 
     def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """v + epsilon s where time rises, v - epsilon s where it falls."""
         if self.direct:
-            return self.trained_drift(x, t, condition)
-        velocity, latent = self.estimates(x, t, condition)
+            return self.estimates.drift(x, t, condition)
+        velocity, noise = self.estimates.velocity_and_noise(x, t, condition)
         moment = float(t)
         amount = self.amount(moment)
         factor = amount / self.level(moment) if amount else 0.0
-        return torch.add(velocity, latent, alpha=-factor if self.forward else factor)
+        return torch.add(velocity, noise, alpha=-factor if self.forward else factor)
 
     def open(self, x: Tensor, times: Sequence[float], generator: Any, noise: Any, options: dict[str, Any]) -> Solution:
         """The step that starts at a clean end: an Euler step of the ODE, or of the drift where there is none."""
         if self._trained is None:
-            return ode(self.velocity, x, times, method="euler", steps=1, **options)
+            return ode(self.estimates.velocity, x, times, method="euler", steps=1, **options)
         trained = self._trained
         amplitude = math.sqrt(2 * trained(times[0]))
         drawn = noise if callable(noise) else None  # a list of draws is for the steps after this one
-        return sde(self.trained_drift, amplitude, x, times, noise=drawn, generator=generator, **options)
-
-    def trained_drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
-        """The drift that the network predicts, of the equation with the noise it was trained with."""
-        return self.flow.prediction.split(self._field(x, t, condition))["drift"]
-
-    def ends(self, x: Tensor, t: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
-        """E[x1 | x_t] and E[x0 | x_t]."""
-        value = self._field(x, t, condition)
-        if not self.latent_path:
-            return Velocity().ends(self.path, x, t, value)
-        return self.flow.prediction.ends(self.path, x, t, value, **self._known(condition))
-
-    def _known(self, condition: Any) -> dict[str, Tensor]:
-        name = getattr(self.flow.prediction, "start", "")
-        return {"x0": condition[name]} if name else {}
+        return sde(self.estimates.drift, amplitude, x, times, noise=drawn, generator=generator, **options)
 
 
 def _nodes(
@@ -306,10 +267,10 @@ def _close(
     equation: Equation, x: Tensor, times: Sequence[float], last: LastStep | None, options: dict[str, Any]
 ) -> tuple[Tensor, int]:
     kind = last or "mean"
-    field: Any = equation.drift if kind == "mean" else equation.velocity
+    field: Any = equation.drift if kind == "mean" else equation.estimates.velocity
     if kind == "denoise":
         t = x.new_full((), times[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-        data, source = equation.ends(x, t, equation.condition)
+        data, source = equation.estimates.ends(x, t, equation.condition)
         return (data if equation.forward else source), 1
     solution = ode(field, x, tuple(times), method="heun" if kind == "heun" else "euler", steps=1, **options)
     return solution.x, solution.evaluations
