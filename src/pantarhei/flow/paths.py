@@ -1,101 +1,19 @@
-"""Paths between a source and data: x_t = alpha(t) x1 + sigma(t) x0 (+ gamma(t) z), t = 0 source, t = 1 data.
-
-alpha multiplies data and sigma the source in the whole project, whatever a paper calls them (docs/glossary).
-Coefficients are functions of a tensor `t` and keep its dtype and shape.
-"""
+"""The affine paths by name: x_t = alpha(t) x1 + sigma(t) x0, t = 0 source, t = 1 data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pantarhei.flow.affine import AffinePath, Coefficients, Path
+from pantarhei.flow.numbered_path import Numbered
 from pantarhei.naming import build
 from pantarhei.solve.state import per_row
-
-
-@runtime_checkable
-class Path(Protocol):
-    """Anything that draws a point of a bridge between x0 and x1 and its time derivative."""
-
-    def sample(self, x0: Tensor, x1: Tensor, z: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
-        """`(x_t, dx_t/dt)` for times t of shape (B,) or 0-d; `z` is the latent noise of paths that have one."""
-
-
-class Coefficients(NamedTuple):
-    """alpha, sigma and their time derivatives at some t, shaped to multiply the state."""
-
-    alpha: Tensor
-    sigma: Tensor
-    alpha_dot: Tensor
-    sigma_dot: Tensor
-
-
-@dataclass(frozen=True)
-class AffinePath:
-    """A path x_t = alpha(t) x1 + sigma(t) x0 with differentiable coefficients and no latent noise.
-
-    Subclasses give `alpha` and `sigma`, and their derivatives where a closed form exists (else forward-mode autograd).
-    `regular` is the closed interval of t on which all four are finite.
-    """
-
-    @property
-    def regular(self) -> tuple[float, float]:
-        """The closed interval of t on which the coefficients and their derivatives are finite."""
-        return (0.0, 1.0)
-
-    def alpha(self, t: Tensor) -> Tensor:
-        """Coefficient of the data."""
-        raise TypeError(f"{type(self).__name__} does not define alpha")
-
-    def sigma(self, t: Tensor) -> Tensor:
-        """Coefficient of the source."""
-        raise TypeError(f"{type(self).__name__} does not define sigma")
-
-    def level(self, t: Tensor) -> Tensor:
-        """The noise level, which the score is divided by: sigma."""
-        return self.sigma(t)
-
-    def alpha_dot(self, t: Tensor) -> Tensor:
-        """d alpha / dt."""
-        return _derivative(self.alpha, t)
-
-    def sigma_dot(self, t: Tensor) -> Tensor:
-        """d sigma / dt."""
-        return _derivative(self.sigma, t)
-
-    def at(self, t: Tensor, like: Tensor) -> Coefficients:
-        """All four coefficients at t, 0-d or (B,), in shape and dtype to multiply `like` (B, ...)."""
-        values = (self.alpha(t), self.sigma(t), self.alpha_dot(t), self.sigma_dot(t))
-        return Coefficients(*(per_row(v, like).to(like.dtype) for v in values))
-
-    def sample(self, x0: Tensor, x1: Tensor, z: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The point `x_t` and the derivative `alpha' x1 + sigma' x0`; there is no latent noise, so `z` is not used."""
-        c = self.at(t, x1)
-        return c.alpha * x1 + c.sigma * x0, c.alpha_dot * x1 + c.sigma_dot * x0
-
-    def time_at(self, ratio: Tensor) -> Tensor:
-        """The t at which alpha(t) / sigma(t) equals `ratio` >= 0 (rising in t), by bisection in float64.
-
-        Ratios outside the path's range give its nearest end.
-        """
-        target = ratio.double()
-        low = torch.full_like(target, self.regular[0])
-        high = torch.full_like(target, 1.0)
-        for _ in range(60):
-            middle = (low + high) / 2
-            # alpha - ratio sigma rises with t and has no pole where sigma vanishes.
-            above = self.alpha(middle) - target * self.sigma(middle) > 0
-            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-        return ((low + high) / 2).to(ratio.dtype)
-
-    def spec(self) -> dict[str, Any]:
-        """The path as data: its name in `PATHS` and its constants."""
-        return {"name": _name_of(self), **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -155,6 +73,12 @@ class _VarianceLog(AffinePath):
     def _one_minus_alpha_squared(self, t: Tensor) -> Tensor:
         return -torch.expm1(2 * self._log_alpha(t))  # no cancellation near t = 1
 
+    def _time_of(self, loss: Tensor) -> Tensor:
+        """The t at which -log alpha is `loss` >= 0: the root of a quadratic in s, without cancellation."""
+        half = self.beta_min / 2
+        s = 2 * loss / (half + torch.sqrt(half**2 + (self.beta_max - self.beta_min) * loss))
+        return (1 - s).clamp(0.0, 1.0)
+
 
 @dataclass(frozen=True)
 class VP(_VarianceLog):
@@ -176,6 +100,10 @@ class VP(_VarianceLog):
         """-alpha alpha' / sigma."""
         return -self.alpha(t) * self.alpha_dot(t) / self.sigma(t)
 
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """Closed form: -log alpha = log(1 + 1 / ratio^2) / 2."""
+        return self._time_of(torch.log1p(_positive(ratio).pow(-2)) / 2)
+
 
 @dataclass(frozen=True)
 class SubVP(_VarianceLog):
@@ -188,6 +116,11 @@ class SubVP(_VarianceLog):
     def sigma_dot(self, t: Tensor) -> Tensor:
         """-2 alpha alpha'."""
         return -2 * self.alpha(t) * self.alpha_dot(t)
+
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """Closed form: alpha = 2 ratio / (1 + sqrt(1 + 4 ratio^2))."""
+        r = _positive(ratio)
+        return self._time_of(torch.log((1 / r + torch.sqrt(r.pow(-2) + 4)) / 2))
 
 
 @dataclass(frozen=True)
@@ -209,6 +142,10 @@ class Cosine(AffinePath):
     def sigma_dot(self, t: Tensor) -> Tensor:
         """-pi/2 sin(pi t / 2)."""
         return -math.pi / 2 * torch.sin(math.pi / 2 * t)
+
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """Closed form: an angle."""
+        return torch.atan(ratio) / (math.pi / 2)
 
 
 @dataclass(frozen=True)
@@ -236,6 +173,10 @@ class Spherical(AffinePath):
         """-t / sigma."""
         return -t / self.sigma(t)
 
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """Closed form of ratio = t / sqrt(1 - t^2)."""
+        return torch.rsqrt(1 + _positive(ratio).pow(-2))
+
 
 @dataclass(frozen=True)
 class VE(AffinePath):
@@ -262,6 +203,10 @@ class VE(AffinePath):
     def sigma_dot(self, t: Tensor) -> Tensor:
         """Sigma times log(sigma_min / sigma_max)."""
         return math.log(self.sigma_min / self.sigma_max) * self.sigma(t)
+
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """Closed form of sigma = 1 / ratio."""
+        return (-torch.log(_positive(ratio) * self.sigma_max) / math.log(self.sigma_min / self.sigma_max)).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -299,6 +244,11 @@ class EDM(AffinePath):
         """Its derivative, negative."""
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return self.rho * self._root(t) ** (self.rho - 1) * (low - high)
+
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """Closed form of sigma = 1 / ratio."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return ((_positive(ratio) ** (-1 / self.rho) - high) / (low - high)).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -341,6 +291,7 @@ PATHS: dict[str, type[AffinePath]] = {
     "spherical": Spherical,
     "ve": VE,
     "edm": EDM,
+    "numbered": Numbered,
     "custom": Custom,
 }
 
@@ -358,6 +309,11 @@ def build_path(spec: str | dict[str, Any] | AffinePath) -> AffinePath:
     return build("path", PATHS, spec)
 
 
+def _positive(ratio: Tensor) -> Tensor:
+    """A ratio alpha / sigma kept where its powers are finite."""
+    return ratio.clamp(1e-12, 1e12)
+
+
 def change_path(source: AffinePath, target: AffinePath, t: Tensor) -> tuple[Tensor, Tensor]:
     """Where a flow on `source` is when the same flow on `target` is at time t.
 
@@ -368,21 +324,31 @@ def change_path(source: AffinePath, target: AffinePath, t: Tensor) -> tuple[Tens
         `(t_source, scale)`, shaped like t.
     """
     a, s = target.alpha(t), target.sigma(t)
-    t_source = source.time_at(a / s.clamp_min(torch.finfo(t.dtype).tiny))
+    t_source = source.time_at((a / s.clamp_min(1e-30)).clamp(max=1e12))
     # alpha and sigma change by the same factor; divide by the larger of the two for accuracy.
     scale = torch.where(a > s, source.alpha(t_source) / a, source.sigma(t_source) / s)
     return t_source, scale
 
 
-def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    pair: Any = torch.func.jvp(function, (t,), (torch.ones_like(t),))
-    return pair[1]
-
-
-def _name_of(path: AffinePath) -> str:
-    return next(name for name, kind in PATHS.items() if kind is type(path))
-
-
 def _check_noise_levels(low: float, high: float) -> None:
     if not 0 < low < high:
         raise ValueError(f"sigma_min, sigma_max: 0 < sigma_min < sigma_max is needed, got {low}, {high}")
+
+
+__all__ = [
+    "EDM",
+    "PATHS",
+    "VE",
+    "VP",
+    "AffinePath",
+    "Coefficients",
+    "Cosine",
+    "Custom",
+    "Linear",
+    "Numbered",
+    "Path",
+    "Spherical",
+    "SubVP",
+    "build_path",
+    "change_path",
+]

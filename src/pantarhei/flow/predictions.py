@@ -14,10 +14,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pantarhei.flow.paths import AffinePath
+from pantarhei.flow.paths import AffinePath, build_path, change_path
 from pantarhei.naming import build
+from pantarhei.solve.state import per_row
 
-PredictionName = Literal["velocity", "data", "noise", "score", "edm"]
+PredictionName = Literal["velocity", "data", "noise", "score", "v", "edm"]
 
 
 class Ends(NamedTuple):
@@ -152,6 +153,29 @@ class Score(Noise):
 
 
 @dataclass(frozen=True)
+class Angular(Prediction):
+    """v = alpha x0 - sigma x1 (Salimans & Ho 2202.00512): regular at every time, also where alpha or sigma vanishes.
+
+    The name "v" is that of diffusion models; it is no velocity.
+    """
+
+    def interval(self, path: AffinePath) -> tuple[float, float]:
+        """The path's own regular interval."""
+        return path.regular
+
+    def target(self, path: AffinePath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        """alpha x0 - sigma x1."""
+        c = path.at(t, x1)
+        return c.alpha * x0 - c.sigma * x1
+
+    def ends(self, path: AffinePath, x: Tensor, t: Tensor, output: Tensor) -> Ends:
+        """x1 = (alpha x_t - sigma v) / (alpha^2 + sigma^2), x0 = (sigma x_t + alpha v) / (alpha^2 + sigma^2)."""
+        c = path.at(t, x)
+        size = c.alpha**2 + c.sigma**2
+        return Ends((c.alpha * x - c.sigma * output) / size, (c.sigma * x + c.alpha * output) / size)
+
+
+@dataclass(frozen=True)
 class EDMPreconditioned(Prediction):
     """Karras et al. 2206.00364, section 5, on any affine path, in a form without divisions by alpha or sigma.
 
@@ -193,12 +217,67 @@ class EDMPreconditioned(Prediction):
         )
 
 
+@dataclass(frozen=True)
+class Elsewhere(Prediction):
+    """A network of one path used, exactly, on another: it goes on seeing its own states, times and outputs.
+
+    Two affine paths of one coupling differ by a change of time and scale (`change_path`), so any diffusion model is also a
+    velocity field of the linear path, without training.
+
+    Attributes:
+        prediction: what the output means on the network's own path (or its `spec()`).
+        origin: that path (or its `spec()`).
+    """
+
+    prediction: Any = None
+    origin: Any = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prediction", build_prediction(self.prediction or "velocity"))
+        object.__setattr__(self, "origin", build_path(self.origin or "linear"))
+
+    def interval(self, path: AffinePath) -> tuple[float, float]:
+        """The times of `path` whose alpha / sigma the network's own valid interval has."""
+        low, high = torch.tensor(self.prediction.interval(self.origin), dtype=torch.float64)
+        ends = [self.origin.alpha(t) / self.origin.sigma(t).clamp_min(1e-30) for t in (low, high)]
+        first, last = (float(path.time_at(r.clamp(max=1e12))) for r in ends)
+        return max(first, path.regular[0]), min(last, path.regular[1])
+
+    def _there(self, path: AffinePath, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The state and time on the network's own path."""
+        own, scale = change_path(self.origin, path, t)
+        return per_row(scale, x).to(x.dtype) * x, own
+
+    def inputs(self, path: AffinePath, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network sees on its own path."""
+        return self.prediction.inputs(self.origin, *self._there(path, x, t))
+
+    def target(self, path: AffinePath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        """The network's own target at its own time."""
+        return self.prediction.target(self.origin, x0, x1, change_path(self.origin, path, t)[0])
+
+    def ends(self, path: AffinePath, x: Tensor, t: Tensor, output: Tensor) -> Ends:
+        """The ends are the same on both paths."""
+        return self.prediction.ends(self.origin, *self._there(path, x, t), output)
+
+    def spec(self) -> dict[str, Any]:
+        """With the inner prediction and path as data."""
+        return {
+            "name": "elsewhere",
+            "margin": self.margin,
+            "prediction": self.prediction.spec(),
+            "origin": self.origin.spec(),
+        }
+
+
 PREDICTIONS: dict[str, type[Prediction]] = {
     "velocity": Velocity,
     "data": Data,
     "noise": Noise,
     "score": Score,
+    "v": Angular,
     "edm": EDMPreconditioned,
+    "elsewhere": Elsewhere,
 }
 
 
@@ -221,7 +300,7 @@ def convert(
         x: states (B, ...).
         t: times, 0-d or (B,).
         value: what was predicted, of kind `source`, like x.
-        source, target: "velocity", "data", "noise", "score" or "edm" (the raw output F of a preconditioned network).
+        source, target: "velocity", "data", "noise", "score", "v" or "edm" (the raw output F of a preconditioned network).
 
     Raises:
         ValueError: where a t lies outside the interval on which `source` (or a `target` of score) is determined.
