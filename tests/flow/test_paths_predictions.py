@@ -50,7 +50,7 @@ def test_any_prediction_gives_every_other(path, known):
     t = torch.linspace(low + 0.03, high - 0.03, len(x0), dtype=torch.float64)
     x, velocity = path.sample(x0, x1, None, t)
     truth = {"velocity": velocity, "data": x1, "noise": x0}
-    truth |= {name: build_prediction(name).target(path, x0, x1, t) for name in ("score", "edm")}
+    truth |= {name: build_prediction(name).target(path, x0, x1, t) for name in PREDICTIONS if name not in truth}
     for target, value in truth.items():
         found = convert(path, x, t, truth[known], known, target)
         assert torch.allclose(found, value, rtol=1e-7, atol=1e-7 * float(value.abs().max())), target

@@ -1,6 +1,7 @@
 """What a flow is: paths, predictions, times, couplings, conditions, guidance, objectives, likelihood; `Flow`."""
 
 from pantarhei.flow import couplings, interpolants, objectives, paths, predictions, sources, times
+from pantarhei.flow.change_of_path import on_path
 from pantarhei.flow.closed_form import GaussianMixture, MixtureField
 from pantarhei.flow.conditions import Condition
 from pantarhei.flow.control import kl_control, loss_gap
@@ -15,7 +16,7 @@ from pantarhei.flow.grids import make_grid
 from pantarhei.flow.interpolants import Interpolant
 from pantarhei.flow.interpolation import Interpolation
 from pantarhei.flow.likelihood import Likelihood, log_likelihood
-from pantarhei.flow.metrics import GradientPyramid, Perceptual, PseudoHuber, squared
+from pantarhei.flow.metrics import LPIPS, GradientPyramid, Perceptual, PseudoHuber, squared
 from pantarhei.flow.modes import evaluation_mode
 from pantarhei.flow.noise_amounts import fading, noise_amount
 from pantarhei.flow.nonparametric import EmpiricalField, NeighbourField
@@ -27,6 +28,7 @@ from pantarhei.flow.stochastic import StiffNoise, transport_sde
 from pantarhei.flow.transforms import FieldTransform, Guidance, Stretched
 
 __all__ = [
+    "LPIPS",
     "Condition",
     "EmpiricalField",
     "EntropicField",
@@ -69,6 +71,7 @@ __all__ = [
     "make_grid",
     "noise_amount",
     "objectives",
+    "on_path",
     "path_likelihood",
     "paths",
     "predictions",

@@ -28,12 +28,14 @@ from pantarhei.flow.provenance import Provenance
 from pantarhei.flow.sources import Law, SourceLaw, build_source
 from pantarhei.flow.stochastic import transport_sde
 from pantarhei.flow.transforms import FieldTransform, Guidance, TransformedField
+from pantarhei.flow.updates import PathMethod, path_step
 from pantarhei.solve import Solution, ode
-from pantarhei.solve.methods import MethodName, as_step
+from pantarhei.solve.methods import MethodName
 from pantarhei.solve.ode import Hook
 from pantarhei.solve.state import per_row
 from pantarhei.solve.steps import Step
 
+Final = Literal["auto", "denoise", "state", "clean"]
 ConditionLike = Condition | Mapping[str, Tensor] | Tensor | None
 # Below this noise level a state counts as clean: no denoising step is added at the end.
 NOISE_LEFT = 5e-4
@@ -168,19 +170,28 @@ class Flow(nn.Module):
         """Read a flow that `save_pretrained` wrote; a network that is not one of ours must be given."""
         return pretrained.from_pretrained(folder, network, **overrides)
 
-    def like(self, network: nn.Module, *, interval: Sequence[float] | None = None, **provenance: Any) -> Flow:
-        """The same flow around another network, on its own or another interval, with changes to its provenance."""
+    def like(
+        self,
+        network: nn.Module,
+        *,
+        interval: Sequence[float] | None = None,
+        path: AffinePath | None = None,
+        predicts: Prediction | None = None,
+        **provenance: Any,
+    ) -> Flow:
+        """The same flow around another network, with changes to its interval, path, prediction or provenance."""
         changed = replace(self.provenance, **provenance)
+        moved = path is not None and path != self.path
         return Flow(
             network,
-            path=self.path,
-            predicts=self.prediction,
+            path=self.path if path is None else path,
+            predicts=self.prediction if predicts is None else predicts,
             source=self.source,
             shape=self.shape,
             null=self.null,
             conditions=self.conditions,
             codec=self.codec,
-            interval=interval or (self._interval if self._narrowed else None),
+            interval=interval or (self._interval if self._narrowed and not moved else None),
             provenance=changed,
         )
 
@@ -282,7 +293,7 @@ class Flow(nn.Module):
         times: Sequence[float],
         *,
         steps: int | Grid | None = 50,
-        method: MethodName | Step = "euler",
+        method: MethodName | PathMethod | Step = "euler",
         grid: GridName | Callable[[float], float] = "uniform",
         shift: float = 1.0,
         condition: ConditionLike = None,
@@ -302,7 +313,8 @@ class Flow(nn.Module):
             times: two or more monotone times inside `interval`.
             steps: number of steps between the first and the last time, a whole grid, or None for error control (with a
                 method that has an error estimate).
-            method: as in `solve.ode`.
+            method: as in `solve.ode`; or "ddim", "reinterpolate", "reinterpolate-heun", "dpm-solver" or "heun-euler" (see
+                `flow.updates`), which know the path.
             grid, shift: spacing of the steps, see `make_grid`.
             condition, guidance, transforms: what changes the field.
             before_step, after_step, observe: hooks, see `solve.ode`.
@@ -315,23 +327,19 @@ class Flow(nn.Module):
             raise ValueError(f"times: must lie in this flow's interval [{low:g}, {high:g}], got {times}")
         named = as_condition(condition, self.null, x.shape[0])
         named = None if named is None else named.to(x.device)
-        field = self.field(guidance, transforms)
+        field, step = self.field(guidance, transforms), path_step(method, self.path, times[-1])
         nodes: Any = steps
         if isinstance(steps, int):
-            ends = (min(times[0], times[-1]), max(times[0], times[-1]))
-            path = self.path.ends if isinstance(self.path, Interpolant) else self.path
-            path = path if isinstance(path, AffinePath) else None
-            nodes = make_grid(steps, ends, kind=grid, shift=shift, path=path)
-            nodes = nodes if times[-1] > times[0] else nodes[::-1]
-        elif steps is None and not as_step(method).adaptive:
-            raise ValueError(f"steps: {as_step(method).name} has no error control; give a number of steps")
+            nodes = self._grid(steps, times, grid, shift)
+        elif steps is None and not step.adaptive:
+            raise ValueError(f"steps: {step.name} has no error control; give a number of steps")
         if nodes is not None and (transforms or before_step is not None):
             before_step = field.number_steps(before_step)
         return ode(
             field,
             x,
             times,
-            method=method,
+            method=step,
             steps=nodes,
             rtol=rtol,
             atol=atol,
@@ -342,6 +350,15 @@ class Flow(nn.Module):
             observe=observe,
         )
 
+    def _grid(
+        self, steps: int, times: Sequence[float], grid: GridName | Callable[[float], float], shift: float
+    ) -> Grid:
+        """A grid from the first to the last of some times, either way."""
+        path = self.path.ends if isinstance(self.path, Interpolant) else self.path
+        path = path if isinstance(path, AffinePath) else None
+        nodes = make_grid(steps, (min(times), max(times)), kind=grid, shift=shift, path=path)
+        return nodes if times[-1] > times[0] else nodes[::-1]
+
     @torch.no_grad()
     def sample(
         self,
@@ -350,7 +367,7 @@ class Flow(nn.Module):
         x0: Tensor | None = None,
         condition: ConditionLike = None,
         generator: torch.Generator | None = None,
-        final: Literal["auto", "denoise", "state"] = "auto",
+        final: Final = "auto",
         decode: bool = True,
         epsilon: Epsilon | Literal["trained"] | None = None,
         **options: Any,
@@ -363,7 +380,8 @@ class Flow(nn.Module):
             condition: labels or other conditions, one row a sample (or one row for all).
             generator: draws x0, on the flow's device.
             final: "denoise" ends with one more evaluation, E[x1 | x]; "state" does not; "auto" does so where noise is
-                left at the end of the interval (VE, EDM, VP; a data prediction).
+                left at the end of the interval (VE, EDM, VP; a data prediction). "clean" takes E[x1 | x] at the start of the
+                last step as its end: no noise is left, and no evaluation is added.
             decode: pass the result through the codec.
             epsilon: sample the SDE with this much noise (a number or a function of t) instead of the ODE, with the options
                 of `transport_sde`; `generator` draws its noise too. A flow that predicts a drift has no ODE at its point
@@ -383,17 +401,31 @@ class Flow(nn.Module):
             epsilon = "trained"
         with evaluation_mode(self.network):
             if epsilon is None:
-                x = self.transport(x, (low, high), condition=condition, **options).x
+                if final == "clean":
+                    high, options = self._without_last_step(options)
+                if high > low:
+                    x = self.transport(x, (low, high), condition=condition, **options).x
             else:
                 options["generator"] = generator
                 x = transport_sde(self, x, (low, high), epsilon, condition=condition, **options).x
-            if final == "denoise" or (final == "auto" and self._last_sigma > NOISE_LEFT):
+            if final in ("denoise", "clean") or (final == "auto" and self._last_sigma > NOISE_LEFT):
                 t = x.new_full((), high, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
                 named = as_condition(condition, self.null, x.shape[0])
                 named = None if named is None else named.to(x.device)
                 guided = Estimates(self, options.get("guidance", 1.0), options.get("transforms", ()))
                 x = guided.ends(x, t, named).data
         return self.decode(x) if decode else x
+
+    def _without_last_step(self, options: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+        """The last time but one of a sampler's grid, and its options up to there."""
+        low, high = self.interval
+        steps = options.get("steps", 50)
+        if steps is None:
+            raise ValueError("final: 'clean' replaces the last step of a grid; under error control take 'denoise'")
+        if isinstance(steps, int):
+            steps = self._grid(steps, (low, high), options.get("grid", "uniform"), options.get("shift", 1.0))
+        method = path_step(options.get("method", "euler"), self.path, high)
+        return float(steps[-2]), {**options, "steps": tuple(steps[:-1]), "method": method}
 
     @torch.no_grad()
     def invert(self, x: Tensor, *, condition: ConditionLike = None, encode: bool = True, **options: Any) -> Tensor:

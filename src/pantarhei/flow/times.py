@@ -255,6 +255,29 @@ class Steps(TimeLaw):
         raise ValueError("times: a law on finitely many times has no density")
 
 
+@dataclass(frozen=True)
+class Numbers(TimeLaw):
+    """`count` equally likely times, both ends included: the numbers k = 0 ... count - 1 of a numbered diffusion.
+
+    Attributes:
+        count: at least 2.
+    """
+
+    count: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.count < 2:
+            raise ValueError(f"count: must be at least 2, got {self.count}")
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """floor(count u) / (count - 1)."""
+        return torch.floor(u * self.count).clamp(max=self.count - 1) / (self.count - 1)
+
+    def pdf(self, t: Tensor) -> Tensor:
+        """There is none."""
+        raise ValueError("times: a law on finitely many times has no density")
+
+
 def shift_time(t: Any, shift: float) -> Any:
     """t / (shift - (shift - 1) t), of a tensor or a float; shift s / (1 + (shift - 1) s) on the noise level s = 1 - t."""
     return t / (shift - (shift - 1) * t)
@@ -269,6 +292,7 @@ TIME_LAWS: dict[str, type[TimeLaw]] = {
     "beta": Beta,
     "shifted": Shifted,
     "steps": Steps,
+    "numbers": Numbers,
 }
 
 
