@@ -21,6 +21,7 @@ SUITE = (
     "sde_driver",
     "ncsnpp",
     "pairs",
+    "state_pairs",
     "time_to_quality",
 )
 PAGE = RESULTS.parent.parent / "benchmarks.md"

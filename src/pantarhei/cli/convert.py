@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from pantarhei.cli.opening import read_checkpoint
-from pantarhei.interop import load, score_sde, sit
+from pantarhei.interop import edm, load, score_sde, sit
 from pantarhei.interop.loading import find_checkpoint
 from pantarhei.training import Run
 from pantarhei.training.runs import CONFIG
@@ -17,7 +17,7 @@ from pantarhei.training.runs import CONFIG
 def convert(
     source: tyro.conf.Positional[Path],
     out: Path,
-    to: Literal["pantarhei", "score-sde", "sit", "sit-train"] = "pantarhei",
+    to: Literal["pantarhei", "score-sde", "sit", "sit-train", "edm", "edm-train"] = "pantarhei",
     weights: Literal["average", "raw"] = "average",
     size: int | None = None,
     heads: int | None = None,
@@ -28,14 +28,16 @@ def convert(
     """Turn a published checkpoint into a folder of ours, or a run or folder of ours into a published layout.
 
     Args:
-        source: a checkpoint file (`checkpoint_8.pth`, `SiT-XL-2-256.pt`), a run, or a folder with `flow.json`.
+        source: a checkpoint file (`checkpoint_8.pth`, `SiT-XL-2-256.pt`, `edm-cifar10-32x32-uncond-ve.pkl`), a run, or a
+            folder with `flow.json`.
         out: folder to write (pantarhei), or file (the others).
-        to: layout to write: ours, that of score_sde (rectified flow), or SiT's (bare weights, or as its training saves).
+        to: layout to write: ours, that of score_sde (rectified flow), SiT's, or that of rectified flow++
+            for EDM's networks (the last two: bare weights, or as their training saves).
         weights: of a checkpoint or run: the moving average, or the raw weights.
         size: side of the images of a score_sde checkpoint whose attention does not sit at side 16.
         heads: attention heads of a SiT checkpoint that is of no published size.
-        rectified: how many reflow rounds a checkpoint went through, which its file does not say; 0 for 1-rectified flow.
-            Score, SDE and likelihood of a score_sde checkpoint are refused where this is left out.
+        rectified: how many reflow rounds a checkpoint went through, which its file does not say; 0 for 1-rectified flow and
+            for EDM's own. Score, SDE and likelihood of a score_sde checkpoint are refused where this is left out.
         distilled: steps that a checkpoint was distilled to, where it was.
         checkpoint: of a run: newest, best or an iteration.
     """
@@ -55,19 +57,23 @@ def convert(
         print(f"{source} -> {out}: {sum(p.numel() for p in flow.network.parameters()):,} parameters")
         print(f"next: pantarhei sample {out} --count 16 --out samples")
         return 0
-    if out.suffix not in (".pth", ".pt"):
+    if out.suffix not in (".pth", ".pt", *((".safetensors",) if to == "edm" else ())):
         raise ValueError(f"--out: the {to} layout is a .pth or .pt file, got {out.name}")
     of_run = (source / CONFIG).is_file()
     raw = (
-        load(source, averaged=False, **overrides).network.state_dict() if of_run and averaged and to != "sit" else None
+        load(source, averaged=False, **overrides).network.state_dict()
+        if of_run and averaged and to not in ("sit", "edm")
+        else None
     )
+    about: dict[str, Any] = {}
+    if of_run and to in ("score-sde", "edm-train"):
+        about["iterations"] = int(find_checkpoint(Run.open(source), read_checkpoint(checkpoint)).name)
     if to == "score-sde":
-        about: dict[str, Any] = {}
         if of_run:
-            run = Run.open(source)
-            about["iterations"] = int(find_checkpoint(run, read_checkpoint(checkpoint)).name)
-            about["decay"] = float(run.config.get("recipe", {}).get("average", 0.999999))
+            about["decay"] = float(Run.open(source).config.get("recipe", {}).get("average", 0.999999))
         score_sde.write(flow, out, raw=raw, **about)
+    elif to in ("edm", "edm-train"):
+        edm.write(flow, out, raw=raw, layout="train" if to == "edm-train" else "weights", **about)
     else:
         sit.write(flow, out, raw=raw, layout="train" if to == "sit-train" else "weights")
     print(f"{source} -> {out}")

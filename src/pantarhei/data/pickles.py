@@ -27,6 +27,7 @@ def restricted_load(
     *,
     encoding: Literal["latin1", "bytes", "utf-8"] = "latin1",
     name: str | None = None,
+    more: Callable[[str, str], Any] | None = None,
 ) -> Any:
     """Read a pickle that holds plain data only.
 
@@ -38,6 +39,8 @@ def restricted_load(
         encoding: how 8-bit strings of Python 2 are read: ``"latin1"`` as text (every file loads), ``"bytes"`` as they
             are, ``"utf-8"`` as text. Arrays come out the same.
         name: how errors call the source; its path if left out.
+        more: answers further names, given as (module, name); None for those that it does not know. What it answers with
+            must be inert, whatever a pickle calls it with or sets on it (see `pickled_modules`).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -49,7 +52,7 @@ def restricted_load(
     else:
         data, where = _read(Path(source)), name or str(source)
     try:
-        return build(_Reader(io.BytesIO(data), where, encoding).load())
+        return build(_Reader(io.BytesIO(data), where, encoding, more).load())
     except _Refused as error:
         raise ValueError(str(error)) from None
     except RecursionError:
@@ -90,7 +93,7 @@ class _Refused(Exception):
     pass
 
 
-class _Name:
+class Constructor:
     """A constructor under the name that a pickle knows it by: it can be called, and nothing else."""
 
     __slots__ = ("call",)
@@ -100,6 +103,7 @@ class _Name:
         object.__setattr__(self, "call", call)
 
     def __call__(self, *arguments: Any) -> Any:
+        """What it makes of them."""
         return self.call(*arguments)
 
     # The BUILD opcode sets attributes; without this a pickle could put other constructors in this place.
@@ -111,18 +115,20 @@ class _Name:
 
 
 class _Reader(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, where: str, encoding: str) -> None:
+    def __init__(
+        self, file: io.BytesIO, where: str, encoding: str, more: Callable[[str, str], Any] | None = None
+    ) -> None:
         super().__init__(file, encoding=encoding)
-        self._where = where
+        self._where, self._more = where, more
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _NAMES[module, name]
-        except KeyError:
-            raise _Refused(
-                f"refused: the pickle asks to run {module}.{name} ({self._where}); "
-                "only plain Python data and NumPy arrays are read"
-            ) from None
+        known = _NAMES.get((module, name))
+        if known is None and self._more is not None:
+            known = self._more(module, name)
+        if known is None:
+            kinds = "plain Python data and NumPy arrays" + (", tensors and networks" if self._more else "")
+            raise _Refused(f"refused: the pickle asks to run {module}.{name} ({self._where}); only {kinds} are read")
+        return known
 
     def persistent_load(self, pid: Any) -> Any:
         raise _Refused(
@@ -149,7 +155,7 @@ def _bytearray(content: str | bytes = b"", codec: str = "latin1") -> bytearray:
     return bytearray(_encode(content, codec) if isinstance(content, str) else _bytes(content))
 
 
-_NDARRAY = _Name(ArrayRecord)
+_NDARRAY = Constructor(ArrayRecord)
 
 
 def _reconstruct(kind: Any, shape: Any, typecode: Any) -> ArrayRecord:
@@ -159,23 +165,23 @@ def _reconstruct(kind: Any, shape: Any, typecode: Any) -> ArrayRecord:
 
 
 _BUILTINS = {
-    "set": _Name(set),
-    "frozenset": _Name(frozenset),
-    "complex": _Name(complex),
-    "bytes": _Name(_bytes),
-    "bytearray": _Name(_bytearray),
+    "set": Constructor(set),
+    "frozenset": Constructor(frozenset),
+    "complex": Constructor(complex),
+    "bytes": Constructor(_bytes),
+    "bytearray": Constructor(_bytearray),
 }
-_MULTIARRAY = {"_reconstruct": _Name(_reconstruct), "scalar": _Name(scalar)}
-_NAMES: dict[tuple[str, str], _Name] = {
+_MULTIARRAY = {"_reconstruct": Constructor(_reconstruct), "scalar": Constructor(scalar)}
+_NAMES: dict[tuple[str, str], Constructor] = {
     # Plain dicts keep their order too, and have no attributes that a pickle could set.
-    ("collections", "OrderedDict"): _Name(dict),
-    ("_codecs", "encode"): _Name(_encode),
+    ("collections", "OrderedDict"): Constructor(dict),
+    ("_codecs", "encode"): Constructor(_encode),
     ("numpy", "ndarray"): _NDARRAY,
-    ("numpy", "dtype"): _Name(DtypeRecord),
+    ("numpy", "dtype"): Constructor(DtypeRecord),
     **{(module, name): call for module in ("builtins", "__builtin__") for name, call in _BUILTINS.items()},
     # NumPy 2 moved numpy.core to numpy._core; files carry either name.
     **{(f"numpy.{core}.multiarray", name): call for core in ("core", "_core") for name, call in _MULTIARRAY.items()},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _Name(array_from_buffer) for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): Constructor(array_from_buffer) for core in ("core", "_core")},
 }
 
 

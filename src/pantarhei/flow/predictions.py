@@ -182,11 +182,17 @@ class EDMPreconditioned(Prediction):
     With q^2 = sigma^2 + sd^2 alpha^2 the network F sees x_t / q and the noise label ln(sigma/alpha) / 4, and
     D = (sd^2 alpha x_t + sigma sd q F) / q^2 predicts the data, x0 = (sigma x_t - alpha sd q F) / q^2 the source, so
     F's own target is (sigma x1 - sd^2 alpha x0) / (sd q): unit variance, and its squared error is EDM's weighted loss.
-    Only the label needs both coefficients away from zero: their ratio is clamped to [margin, 1/margin].
+    Only the label needs both coefficients away from zero: their ratio is clamped to [margin, largest].
+
+    Attributes:
+        sigma_data: sd, deviation of the data.
+        largest: noisiest label the network is given. A network that knows noise levels up to 80 is best told 80 for all
+            beyond, where its scaled input hardly changes any more.
     """
 
     margin: float = 1e-5
     sigma_data: float = 0.5
+    largest: float = 1e5
 
     def interval(self, path: AffinePath) -> tuple[float, float]:
         """The path's own regular interval."""
@@ -199,7 +205,7 @@ class EDMPreconditioned(Prediction):
     def inputs(self, path: AffinePath, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t / q, and the noise label."""
         _, _, q = self._scale(path, x, t)
-        ratio = (path.sigma(t) / path.alpha(t).clamp_min(torch.finfo(t.dtype).tiny)).clamp(self.margin, 1 / self.margin)
+        ratio = (path.sigma(t) / path.alpha(t).clamp_min(torch.finfo(t.dtype).tiny)).clamp(self.margin, self.largest)
         return x / q, torch.log(ratio) / 4
 
     def target(self, path: AffinePath, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ from torch import nn
 from pantarhei.files import read_json, read_tensors
 from pantarhei.flow import Flow
 from pantarhei.flow.pretrained import SPEC, build_network, from_pretrained, load_weights
-from pantarhei.interop import score_sde, sit
+from pantarhei.interop import diffusers, edm, score_sde, sit
 from pantarhei.training import checkpoints
 from pantarhei.training.runs import CONFIG, Run
 
 # Whose files are known: name, `recognise(content)`, `read(path, content, averaged=, **overrides)`.
-READERS: dict[str, Any] = {"score_sde (rectified flow)": score_sde, "SiT": sit}
+READERS: dict[str, Any] = {"score_sde (rectified flow)": score_sde, "SiT": sit, "EDM": edm, "diffusers": diffusers}
 
 
 def load(
@@ -30,12 +30,14 @@ def load(
 
     Args:
         where: a run folder, a folder written by `Flow.save_pretrained`, or a checkpoint file of the rectified flow
-            authors (`.pth`) or of SiT (`.pt`); either's weights may also be safetensors.
+            authors (`.pth`), of SiT (`.pt`), or of EDM and rectified flow++ (`.pkl`, `.pth`); weights may also be
+            safetensors. Also a folder of diffusers, or the weights of one of its models with `base=`, the folder of its
+            pipeline (see `interop.diffusers.read`).
         network: needed where the network is not one of ours; the weights are loaded into it.
         checkpoint: of a run: the newest, the best by validation, or an iteration.
         averaged: take the moving average where there is one.
         overrides: what a saved flow cannot hold (source, path, codec); of a file, what it does not say (`rectified`,
-            `size`, `heads`: see `interop.score_sde.read` and `interop.sit.read`).
+            `size`, `heads`: see `read` of `interop.score_sde`, `interop.sit` and `interop.edm`).
 
     Raises:
         FileNotFoundError: there is nothing to load, or no such checkpoint.
@@ -47,7 +49,9 @@ def load(
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder or file {folder}")
     if (folder / SPEC).is_file():
-        return from_pretrained(folder, network, **overrides)
+        return _with_codec(from_pretrained(folder, network, **overrides), overrides)
+    if not (folder / CONFIG).is_file() and diffusers.recognise(folder):
+        return diffusers.read(folder, averaged=averaged, **overrides)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} is neither a run folder (no {CONFIG}) nor a saved flow (no {SPEC})")
     run = Run.open(folder)
@@ -62,11 +66,15 @@ def load(
     network = build_network(task["network"], network, str(folder))
     own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     load_weights(network, own, str(chosen / checkpoints.MODEL))
-    return Flow.from_spec(task["flow"], network.eval(), **overrides)
+    return _with_codec(Flow.from_spec(task["flow"], network.eval(), **overrides), overrides)
+
+
+def _with_codec(flow: Flow, overrides: dict[str, Any]) -> Flow:
+    return flow if "codec" in overrides else diffusers.attach(flow)
 
 
 def _read_file(path: Path, **options: Any) -> Flow:
-    content = sit.load_content(path)
+    content = edm.load_snapshot(path) if path.suffix == ".pkl" else sit.load_content(path)
     for reader in READERS.values():
         if reader.recognise(content):
             return reader.read(path, content, **options)

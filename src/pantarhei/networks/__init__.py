@@ -9,10 +9,14 @@ from typing import Any
 from torch import nn
 
 from pantarhei.naming import build as _build
+from pantarhei.networks.adm import ADM, ADMConfig
+from pantarhei.networks.diffusers_models import DiffusersConfig, DiffusersNetwork
+from pantarhei.networks.lora import add_lora, split_lora
 from pantarhei.networks.mlp import MLP, MLPConfig
 from pantarhei.networks.ncsnpp import NCSNpp, NCSNppConfig
 from pantarhei.networks.pair import Pair, PairConfig
 from pantarhei.networks.sit import SiT, SiTConfig
+from pantarhei.networks.songunet import SongUNet, SongUNetConfig
 from pantarhei.networks.unet import UNet, UNetConfig
 
 CONFIGS: dict[str, type[Any]] = {
@@ -20,14 +24,20 @@ CONFIGS: dict[str, type[Any]] = {
     "ncsnpp": NCSNppConfig,
     "mlp": MLPConfig,
     "sit": SiTConfig,
+    "songunet": SongUNetConfig,
+    "adm": ADMConfig,
     "pair": PairConfig,
+    "diffusers": DiffusersConfig,
 }
 NETWORKS: dict[type[Any], type[nn.Module]] = {
     UNetConfig: UNet,
     NCSNppConfig: NCSNpp,
     MLPConfig: MLP,
     SiTConfig: SiT,
+    SongUNetConfig: SongUNet,
+    ADMConfig: ADM,
     PairConfig: Pair,
+    DiffusersConfig: DiffusersNetwork,
 }
 
 
@@ -37,8 +47,10 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: for an unknown name or size.
     """
-    config = _build("network", CONFIGS, spec)
-    return NETWORKS[type(config)](config)
+    plain, lora = split_lora(spec)
+    config = _build("network", CONFIGS, plain)
+    network = NETWORKS[type(config)](config)
+    return network if lora is None else add_lora(network, **lora)
 
 
 def spec_of(network: nn.Module) -> dict[str, Any] | None:
@@ -47,11 +59,17 @@ def spec_of(network: nn.Module) -> dict[str, Any] | None:
     name = next((name for name, kind in CONFIGS.items() if type(config) is kind), None)
     if name is None:
         return None
-    return {"name": name, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}}
+    lora = getattr(network, "lora", None)
+    spec = {"name": name, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}}
+    return spec if lora is None else {**spec, "lora": lora}
 
 
 __all__ = [
+    "ADM",
     "MLP",
+    "ADMConfig",
+    "DiffusersConfig",
+    "DiffusersNetwork",
     "MLPConfig",
     "NCSNpp",
     "NCSNppConfig",
@@ -59,6 +77,8 @@ __all__ = [
     "PairConfig",
     "SiT",
     "SiTConfig",
+    "SongUNet",
+    "SongUNetConfig",
     "UNet",
     "UNetConfig",
     "build",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pantarhei.data.seeds import mix
-from pantarhei.networks import NETWORKS, MLPConfig, NCSNppConfig, SiTConfig, UNetConfig
+from pantarhei.networks import NETWORKS, ADMConfig, MLPConfig, NCSNppConfig, SiTConfig, SongUNetConfig, UNetConfig
 
 
 @dataclass(frozen=True)
@@ -17,17 +17,17 @@ class NetworkConfig:
     """Network sizes; what is left out follows from the data.
 
     Attributes:
-        architecture: of image networks: unet (compact, quick on a CPU), ncsnpp (DDPM++, rectified flow's) or sit (the
-            transformer of SiT, with patches of 2 pixels).
+        architecture: of image networks: unet (compact, quick on a CPU), ncsnpp (DDPM++, rectified flow's), songunet or
+            adm (EDM's NCSN++, and its network for classes) or sit (the transformer of SiT, with patches of 2 pixels).
         width: feature channels at full resolution (images), hidden width (points, sit).
         multipliers: channels of each resolution as multiples of `width`.
         blocks: residual blocks a side, one number for all resolutions or (unet) one each; hidden layers for points, blocks
             in all for sit.
-        attention: self-attention, at the lowest resolution (unet) or at side 16 (ncsnpp).
+        attention: self-attention, at the lowest resolution (unet), at side 16 (ncsnpp, songunet) or at 32, 16 and 8 (adm).
         dropout: in the residual blocks.
     """
 
-    architecture: Literal["unet", "ncsnpp", "sit"] = "unet"
+    architecture: Literal["unet", "ncsnpp", "songunet", "adm", "sit"] = "unet"
     width: int | None = None
     multipliers: tuple[int, ...] | None = None
     blocks: tuple[int, ...] | None = None
@@ -70,6 +70,8 @@ def build_network(
             dropout=config.dropout,
             classes=classes,
         )
+    elif len(shape) == 3 and config.architecture in ("songunet", "adm"):
+        sizes = _edm_sizes(config, shape, classes)
     elif len(shape) == 3 and config.architecture == "sit":
         width = config.width or 384
         if shape[1] != shape[2] or width % 8:
@@ -102,6 +104,29 @@ def build_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(seed, 30))
         return NETWORKS[type(sizes)](sizes)
+
+
+def _edm_sizes(config: NetworkConfig, shape: tuple[int, ...], classes: int) -> SongUNetConfig | ADMConfig:
+    multipliers = config.multipliers or default_multipliers(min(shape[1:]))
+    song = config.architecture == "songunet"
+    blocks = config.blocks or (4 if song else 3,)
+    if len(blocks) > 1 or shape[1] != shape[2]:
+        name = config.architecture
+        raise ValueError(f"network: {name} takes one number of blocks and square images, got {blocks} and {shape}")
+    sides = [shape[1] >> level for level in range(len(multipliers))]
+    attended = ((16,) if song else (32, 16, 8)) if config.attention else ()
+    common: dict[str, Any] = {
+        "size": shape[1],
+        "channels": shape[0],
+        "width": config.width or (128 if song else 192),
+        "multipliers": multipliers,
+        "blocks": blocks[0],
+        "attention": tuple(side for side in attended if side in sides),
+        "dropout": config.dropout,
+        "classes": classes,
+        "augment_dim": 0,
+    }
+    return SongUNetConfig(**common) if song else ADMConfig(**common)
 
 
 def default_multipliers(size: int) -> tuple[int, ...]:

@@ -1,12 +1,20 @@
 """Fewer steps: pairs, reflow, distillation; Schroedinger bridges; straightness, and what rectifying does to a coupling."""
 
 from pantarhei.straighten.analysis import Balance, MarginalCheck, balance, check_marginals
+from pantarhei.straighten.convention import ConventionCheck, WrongConvention, check_convention
 from pantarhei.straighten.distillation import check_teacher, distil, distillation_task
+from pantarhei.straighten.editing import Reconstruction, interpolate, invert_quickly, reconstruct, slerp, translate
+from pantarhei.straighten.first_order import FirstOrder, first_order, segment_ends
 from pantarhei.straighten.pairs import PairReport, Solver, inspect_pairs, make_pairs
+from pantarhei.straighten.phased import PhasedObjective, Phases, phased_task
+from pantarhei.straighten.real_pairs import MixedPairs, invert_data
+from pantarhei.straighten.rectified_diffusion import PlainNoiseLoss, StateAnchor, rectified_diffusion_task
+from pantarhei.straighten.rectified_flow_plus_plus import huber_transition, plus_plus_task
 from pantarhei.straighten.reflow import check_reflow, reflow, reflow_task
 from pantarhei.straighten.schroedinger import Bridge, bridge_flow
 from pantarhei.straighten.schroedinger_imf import Entropic, markovian_fitting
 from pantarhei.straighten.schroedinger_maxmin import BentLine, MaxMin, maxmin_bridge
+from pantarhei.straighten.state_pairs import StatePairs
 from pantarhei.straighten.stores import (
     ArrayPairs,
     OnlinePairs,
@@ -18,6 +26,8 @@ from pantarhei.straighten.stores import (
     write_array_pairs,
 )
 from pantarhei.straighten.straightness import COSTS, Straightness, straightness, transport_costs
+from pantarhei.straighten.students import LowRank
+from pantarhei.straighten.tuned_grids import tuned_grid
 
 __all__ = [
     "COSTS",
@@ -25,16 +35,28 @@ __all__ = [
     "Balance",
     "BentLine",
     "Bridge",
+    "ConventionCheck",
     "Entropic",
+    "FirstOrder",
+    "LowRank",
     "MarginalCheck",
     "MaxMin",
+    "MixedPairs",
     "OnlinePairs",
     "PairReport",
     "PairSource",
+    "PhasedObjective",
+    "Phases",
+    "PlainNoiseLoss",
+    "Reconstruction",
     "Solver",
+    "StateAnchor",
+    "StatePairs",
     "Straightness",
+    "WrongConvention",
     "balance",
     "bridge_flow",
+    "check_convention",
     "check_marginals",
     "check_pairs",
     "check_reflow",
@@ -42,15 +64,28 @@ __all__ = [
     "distil",
     "distillation_task",
     "find_pairs",
+    "first_order",
+    "huber_transition",
     "inspect_pairs",
+    "interpolate",
+    "invert_data",
+    "invert_quickly",
     "make_pairs",
     "markovian_fitting",
     "maxmin_bridge",
     "open_pairs",
     "pair_folder",
+    "phased_task",
+    "plus_plus_task",
+    "reconstruct",
+    "rectified_diffusion_task",
     "reflow",
     "reflow_task",
+    "segment_ends",
+    "slerp",
     "straightness",
+    "translate",
     "transport_costs",
+    "tuned_grid",
     "write_array_pairs",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from pantarhei.flow import Flow
 from pantarhei.flow.numbered import Conditions, numbered_conditions, numbered_samples
 from pantarhei.flow.pretrained import fingerprint
 from pantarhei.report.progress import Progress
+from pantarhei.straighten.noise_states import state_samples
+from pantarhei.straighten.state_pairs import StatePairs
+from pantarhei.straighten.state_parts import StateParts
 
 if TYPE_CHECKING:
     from pantarhei.straighten.stores import PairSource
@@ -69,8 +73,9 @@ def make_pairs(
     rank: int = 0,
     world: int = 1,
     progress: bool = False,
-) -> ShardStore:
-    """Draw x0, carry it to x1 with the flow, and store (x0, x1, conditions) in a sharded, resumable store.
+    store: Literal["tensors", "states"] = "tensors",
+) -> PairSource:
+    """Draw x0, carry it to x1 with the flow, and store (x0, x1, conditions), resumably.
 
     Pair i depends on (seed, i) and the flow only. Shards that are already there are kept, so a killed job goes on, and
     several processes share the shards by rank.
@@ -88,9 +93,12 @@ def make_pairs(
         shard_size: pairs in a file.
         rank, world: this process's share.
         progress: show a progress line.
+        store: "tensors" keeps everything in float32 (a `ShardStore`); "states" keeps the noise as states of its generator
+            and the samples as PNG, an eighth of the bytes, for unconditional or labelled images (a `StatePairs`, see
+            there). The two draw different noise.
 
     Raises:
-        ValueError: for bad arguments, or an existing store that was made otherwise.
+        ValueError: for bad arguments, an existing store that was made otherwise, or pairs that "states" cannot hold.
         OSError: the disk is full; finished shards stay.
     """
     if count < 1:
@@ -98,24 +106,31 @@ def make_pairs(
     solver = solver or Solver()
     stream = pair_stream(seed)
     named = numbered_conditions(flow, stream, conditions)
-    store = ShardStore.create(folder, count, pair_header(flow, solver, seed, teacher), shard_size=shard_size)
-    missing = store.missing(rank, world)
-    done = sum(len(store.items(i)) for i in range(rank, store.shards, world)) - sum(
-        len(store.items(i)) for i in missing
-    )
-    mine = sum(len(store.items(i)) for i in range(rank, store.shards, world))
+    header = pair_header(flow, solver, seed, teacher)
+    samples: Callable[..., Iterator[dict[str, Tensor]]]
+    parts: ShardStore | StateParts
+    if store == "states":
+        parts, samples = StateParts.create(folder, flow, count, header, stream, shard_size), state_samples
+    elif store == "tensors":
+        parts, samples = ShardStore.create(folder, count, header, shard_size=shard_size), numbered_samples
+    else:
+        raise ValueError(f"store: must be 'tensors' or 'states', got {store!r}")
+    missing = parts.missing(rank, world)
+    mine = sum(len(parts.items(i)) for i in range(rank, parts.shards, world))
+    done = mine - sum(len(parts.items(i)) for i in missing)
+    options = {**solver.options(), "decode": False}
     with Progress(mine, "pairs", "pairs", start=done, shown=progress and rank == 0) as shown:
         for shard in missing:
-            parts = []
-            options = {**solver.options(), "decode": False}
-            for part in numbered_samples(
-                flow, store.items(shard), seed=stream, conditions=named, batch=batch, **options
-            ):
-                parts.append(part)
+            made = []
+            for part in samples(flow, parts.items(shard), seed=stream, conditions=named, batch=batch, **options):
+                made.append(part)
                 done += len(part["x1"])
                 shown.update(done)
-            store.write(shard, {name: torch.cat([p[name] for p in parts]) for name in parts[0]})
-    return store
+            parts.write(shard, {name: torch.cat([p[name] for p in made]) for name in made[0]})
+    if isinstance(parts, StateParts):
+        parts.finish()
+        return StatePairs(folder)
+    return parts
 
 
 def pair_stream(seed: int) -> int:

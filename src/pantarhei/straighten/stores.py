@@ -21,6 +21,7 @@ from pantarhei.flow import Flow
 from pantarhei.flow.numbered import Conditions, join, numbered_conditions, numbered_samples
 from pantarhei.flow.pretrained import fingerprint
 from pantarhei.straighten.pairs import Solver, inspect_pairs, make_pairs, pair_header, pair_stream
+from pantarhei.straighten.state_pairs import StatePairs, holds_states
 
 
 @runtime_checkable
@@ -172,15 +173,18 @@ class OnlinePairs:
 
 
 def open_pairs(folder: str | Path, *, gaussian: bool = True) -> PairSource:
-    """The pairs in a folder: a store of ours, or arrays of the reference code.
+    """The pairs in a folder: a store of ours, noise states and PNG samples (rectified flow++), or arrays (rectified flow).
 
     Args:
         folder: where they are.
         gaussian: of arrays, which do not say it: x0 is unit normal noise.
 
     Raises:
-        FileNotFoundError: it is neither.
+        FileNotFoundError: it is none of these.
+        ValueError: a file is damaged, or the files do not belong together.
     """
+    if holds_states(folder):
+        return StatePairs(folder)
     return ShardStore(folder) if (Path(folder) / HEADER).is_file() else ArrayPairs(folder, gaussian=gaussian)
 
 
@@ -206,7 +210,7 @@ def pair_folder(pairs: PairSource) -> Path:
     Raises:
         ValueError: they are nowhere.
     """
-    if not isinstance(pairs, (ShardStore, ArrayPairs)):
+    if not isinstance(pairs, (ShardStore, StatePairs, ArrayPairs)):
         raise ValueError(f"pairs: {pairs.name} are not on disk")
     return pairs.folder
 

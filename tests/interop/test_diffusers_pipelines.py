@@ -1,0 +1,350 @@
+"""Pipelines of diffusers: opened as flows, straightened, and written back as folders that diffusers samples alike."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+import diffusers
+
+from interop.tiny_pipelines import SCALED, change, ddpm, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from pantarhei.flow import FlowMatching, Term
+from pantarhei.flow.couplings import Pairs
+from pantarhei.flow.denoising import denoising_steps
+from pantarhei.flow.metrics import PseudoHuber
+from pantarhei.flow.paths import Linear, Numbered
+from pantarhei.interop import load
+from pantarhei.interop.diffusers import own_sampler, read, recognise, with_schedule
+from pantarhei.interop.diffusers_schedulers import path_of, read_scheduler, scheduler_of
+from pantarhei.interop.diffusers_write import write
+from pantarhei.networks.diffusers_adapters import add_peft
+from pantarhei.recipes.pipelines import CaptionedImages, open_prompts, write_latents
+from pantarhei.straighten import Solver, make_pairs
+from pantarhei.straighten.prompt_pairs import PromptPairs, write_prompt_pairs
+from pantarhei.straighten.stores import PairSource, check_pairs
+from pantarhei.training import FlowTask, train
+
+MAKERS = {"sd": stable_diffusion, "xl": stable_diffusion_xl, "sd3": stable_diffusion_3, "ddpm": ddpm}
+QUIET = {"progress": False, "tensorboard": False}
+
+
+def noise(count, *shape, seed=0):
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def conditions(flow, prompts):
+    return {"tokens": flow.network.tokenize(prompts)} if flow.conditions else None
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: make(root / name) for name, make in MAKERS.items()}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_pipeline_is_straightened_and_written_back(folders, tmp_path, name):
+    flow = load(folders[name])
+    assert isinstance(flow.path, Linear if name == "sd3" else Numbered)
+    assert flow.conditions == (() if name == "ddpm" else ("tokens",))
+    g, prompts = (1.0 if name == "ddpm" else 2.0), ["a cat", "dog"]
+    pictures = flow.sample(x0=noise(2, *flow.shape), condition=conditions(flow, prompts), steps=2, guidance=g)
+    assert pictures.shape == ((2, 1, 8, 8) if name == "ddpm" else (2, 3, 16, 16))
+    texts = tmp_path / "prompts.txt"
+    texts.write_text("a cat\n\ndog\nred  \n")
+    source = open_prompts(flow, texts) if flow.conditions else None
+    pairs = make_pairs(flow, 8, tmp_path / "pairs", solver=Solver("euler", 2, guidance=g), conditions=source)
+    student = flow.like(
+        flow.network, rectified=1, teacher="tiny", notes={**flow.provenance.notes, "guidance_in_pairs": g}
+    )
+    student.codec = None
+    terms = (Term(),) if name == "sd3" else (Term("data", PseudoHuber(0.001, elementwise=True)),)
+    task = FlowTask(student, FlowMatching(terms=terms, coupling=Pairs()), pairs, average=0.5)
+    before = {k: v.clone() for k, v in flow.network.state_dict().items()}
+    train(task, tmp_path / "run", iterations=2, batch=4, **QUIET)
+    trained = load(tmp_path / "run")
+    assert trained.provenance.rectified == 1
+    assert (trained.codec is None) == (name == "ddpm")
+    assert any(not torch.equal(v, before[k]) for k, v in trained.network.state_dict().items())
+    folder = write(trained, tmp_path / "out", guidance=g, steps=4, complete=name != "ddpm")
+    without_t5 = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3" else {}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **without_t5)
+    x0, condition = noise(2, *flow.shape, seed=1), conditions(flow, prompts)
+    own = trained.network.own_sample(x0, 4, condition, guidance=g)
+    if name == "ddpm":
+        made = pipeline(2, torch.Generator().manual_seed(1), num_inference_steps=4, output_type="np").images
+        assert torch.allclose(torch.from_numpy(made)[..., 0], (own[:, 0] / 2 + 0.5).clamp(0, 1), atol=1e-4)
+    else:
+        options = {"num_inference_steps": 4, "guidance_scale": g, "output_type": "latent"}
+        assert torch.allclose(pipeline(prompts, latents=x0, **options).images, own, rtol=1e-4, atol=1e-4)
+    # And our sampler is theirs: at four steps, and at those of the convention check.
+    for steps in (4, 50):
+        theirs = own_sampler(trained, x0, steps, condition)
+        ours = denoising_steps(trained, x0, trained.network.own_times(steps), condition)
+        assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
+    again = load(folder)
+    assert again.provenance.rectified == 1
+    assert torch.equal(again.network.own_sample(x0, 2, condition), trained.network.own_sample(x0, 2, condition))
+    card = (folder / "README.md").read_text()
+    assert all(line in card for line in ("| steps | 4 |", f"| guidance at inference | {g} |", "| teacher | tiny |"))
+    assert "set_alpha_to_one False" in card or name == "sd3"
+    assert ("creativeml-openrail-m" in card) == (name == "sd")
+
+
+SCHEDULERS = {
+    "DDPMScheduler": SCALED,
+    "DDIMScheduler": {"beta_schedule": "linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "PNDMScheduler": {"beta_schedule": "squaredcos_cap_v2"},
+    "LMSDiscreteScheduler": {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"},
+    "EulerDiscreteScheduler": {"trained_betas": [0.01, 0.02, 0.05, 0.4], "num_train_timesteps": 4},
+    "DPMSolverMultistepScheduler": {**SCALED, "prediction_type": "sample"},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedules_are_those_of_the_schedulers(name):
+    scheduler = getattr(diffusers, name)(**SCHEDULERS[name])
+    settings = read_scheduler({**SCHEDULERS[name], "_class_name": name})
+    path, prediction = path_of(settings)
+    expected = scheduler.alphas_cumprod.double()
+    assert torch.allclose(path.alphas_cumprod(), expected, rtol=2e-5, atol=1e-9)
+    t = path.time_of(torch.arange(len(expected)).double())
+    assert torch.allclose(path.alpha(t) ** 2, expected, rtol=1e-4, atol=1e-8)
+    kinds = {"epsilon": "noise", "v_prediction": "v", "sample": "data"}
+    assert prediction.spec()["name"] == kinds[SCHEDULERS[name].get("prediction_type", "epsilon")]
+    # What is written for it is the same path again.
+    again, kind = path_of(read_scheduler(scheduler_of(path, prediction)))
+    assert torch.equal(again.alphas_cumprod(), path.alphas_cumprod())
+    assert kind == prediction
+
+
+def test_a_zero_terminal_snr_is_kept(tmp_path):
+    folder = ddpm(
+        tmp_path,
+        scheduler="DDIMScheduler",
+        rescale_betas_zero_snr=True,
+        prediction_type="v_prediction",
+        clip_sample=True,
+    )
+    flow = load(folder)
+    assert float(flow.path.alpha(torch.tensor(0.0))) == 0
+    x0 = noise(3, *flow.shape)
+    theirs, ours = flow.network.own_sample(x0, 10), denoising_steps(flow, x0, flow.network.own_times(10))
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("file", "schedule", "guidance", "rectified", "refused"),
+    [
+        ("rd.ckpt", "linear", 1.5, 1, False),
+        ("cm.ckpt", "linear", 1.0, 1, True),
+        ("phased.ckpt", "scaled-linear", 1.5, 1, False),
+        ("ema_unet.ckpt", "scaled-linear", None, 0, False),
+    ],
+)
+def test_files_of_rectified_diffusion_get_their_schedule(
+    folders, tmp_path, file, schedule, guidance, rectified, refused
+):
+    weights = read(folders["sd"]).network.model.state_dict()
+    torch.save({name: (0.5 * value).half() for name, value in weights.items()}, tmp_path / file)
+    flow = load(tmp_path / file, base=folders["sd"])
+    assert flow.path.schedule == schedule
+    notes = flow.provenance.notes
+    assert (notes.get("guidance"), flow.provenance.rectified) == (guidance, rectified)
+    assert (flow.provenance.why_not_field() is not None) == refused
+    found = flow.network.model.state_dict()
+    assert all(torch.allclose(found[k], 0.5 * v, atol=1e-3) for k, v in weights.items())
+    x0, condition = noise(1, 4, 8, 8), conditions(flow, ["a"])
+    theirs, ours = (
+        flow.network.own_sample(x0, 4, condition),
+        denoising_steps(flow, x0, flow.network.own_times(4), condition),
+    )
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    card = (write(flow, tmp_path / "out") / "README.md").read_text()
+    assert f"beta {schedule.replace('-', '_')} 0.00085..0.012" in card
+    if guidance is not None:
+        assert f"| guidance at inference | {guidance} |" in card
+        assert "| licence of the teacher | creativeml-openrail-m |" in card
+
+
+def test_what_is_wrong_with_weights_is_named(folders, tmp_path):
+    weights = read(folders["sd"]).network.model.state_dict()
+    torch.save(weights, tmp_path / "rd.ckpt")
+    with pytest.raises(ValueError, match="bare weights need base"):
+        load(tmp_path / "rd.ckpt")
+    with pytest.raises(ValueError, match=r"not part of the model|has shape|missing"):
+        load(tmp_path / "rd.ckpt", base=folders["xl"])
+    weights["conv_in.bias"][0] = float("nan")
+    torch.save(weights, tmp_path / "rd.ckpt")
+    with pytest.raises(ValueError, match=r"conv_in\.bias holds NaN"):
+        load(tmp_path / "rd.ckpt", base=folders["sd"])
+
+
+def test_a_model_folder_needs_its_scheduler_and_takes_its_pipelines_parts(folders, tmp_path):
+    assert recognise(folders["sd"] / "unet")
+    beside = load(folders["sd"] / "unet")
+    assert beside.conditions == ("tokens",)
+    assert beside.codec is not None
+    shutil.copytree(folders["sd"] / "unet", tmp_path / "unet")
+    with pytest.raises(FileNotFoundError, match="give scheduler="):
+        load(tmp_path / "unet")
+    alone = load(tmp_path / "unet", scheduler=folders["sd"] / "scheduler")
+    assert (alone.conditions, alone.codec) == (("text",), None)
+    based = load(tmp_path / "unet", scheduler=folders["sd"] / "scheduler", base=folders["sd"], codec=None)
+    assert (based.conditions, based.codec) == (("tokens",), None)
+
+
+def test_an_unfinished_write_goes_back_to_its_pipeline(folders, tmp_path):
+    flow = with_schedule(load(folders["sd"]), "linear")
+    folder = write(flow, tmp_path / "out")
+    assert not (folder / "vae").exists()
+    again = load(folder)
+    assert again.path == flow.path
+    assert again.codec is not None
+    model = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    scheduler = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folders["sd"], unet=model, scheduler=scheduler)
+    x0 = noise(1, 4, 8, 8)
+    own = flow.network.own_sample(x0, 2, conditions(flow, ["a"]))
+    made = pipeline("a", latents=x0, num_inference_steps=2, guidance_scale=1.0, output_type="latent").images
+    assert torch.allclose(made, own, rtol=1e-4, atol=1e-4)
+    assert pipeline.scheduler.config.beta_schedule == "linear"
+    change(folder / "pantarhei.json", base=str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match="give base="):
+        load(folder)
+
+
+def test_adapters_go_through_a_run_and_are_merged_when_written(folders, tmp_path):
+    flow = load(folders["sd"])
+    student = flow.like(add_peft(flow.network, rank=2))
+    student.codec = None
+    pairs = make_pairs(flow, 8, tmp_path / "pairs", solver=Solver("euler", 1), conditions=tokens_of(flow))
+    train(FlowTask(student, FlowMatching(coupling=Pairs()), pairs), tmp_path / "run", iterations=2, batch=4, **QUIET)
+    trained = load(tmp_path / "run")
+    assert trained.network.config.adapter["rank"] == 2
+    kept = trained.network.state_dict()[
+        "model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.base_layer.weight"
+    ]
+    plain = flow.network.state_dict()["model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+    assert torch.equal(kept, plain)
+    again = load(write(trained, tmp_path / "out"))
+    x0, condition = noise(1, 4, 8, 8), conditions(flow, ["a"])
+    assert torch.allclose(
+        again.network.own_sample(x0, 2, condition), trained.network.own_sample(x0, 2, condition), atol=1e-3
+    )
+    assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
+
+
+def tokens_of(flow):
+    return lambda numbers: {"tokens": flow.network.tokenize(["a", "b", "cd", ""])[torch.tensor(numbers) % 4]}
+
+
+def test_the_autoencoder_is_the_codec(folders):
+    for name in ("sd", "sd3"):
+        codec = load(folders[name]).codec
+        vae = diffusers.AutoencoderKL.from_pretrained(folders[name] / "vae")
+        x = noise(3, 3, 16, 16).clamp(-1, 1)
+        law = vae.encode(x).latent_dist
+        shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+        z = codec.encode(x)
+        assert torch.allclose(z, (law.mode() - shift) * scale, atol=1e-6)
+        drawn = codec.encode(x, torch.Generator().manual_seed(3))
+        assert torch.allclose(drawn, (law.sample(torch.Generator().manual_seed(3)) - shift) * scale, atol=1e-6)
+        assert torch.allclose(codec.decode(z), vae.decode(law.mode()).sample.clamp(-1, 1), atol=1e-5)
+
+
+def test_captioned_pictures_and_their_latents(folders, tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    flow = load(folders["sd"])
+    for i, name in enumerate(("a.png", "b.jpg")):
+        Image.fromarray(np.full((20, 30 + i, 3), 255 * i, dtype=np.uint8)).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(f"cat {i}\n")
+    source = open_prompts(flow, tmp_path)
+    assert isinstance(source, CaptionedImages)
+    batch = source.fetch(torch.tensor([1, 0]))
+    assert batch["x1"].shape == (2, 3, 16, 16)
+    assert torch.allclose(batch["x1"].amax(dim=(1, 2, 3)), torch.tensor([1.0, -1.0]), atol=0.02)
+    assert torch.equal(batch["tokens"], flow.network.tokenize(["cat 1", "cat 0"]))
+    store = write_latents(flow, source, tmp_path / "latents", batch=1)
+    assert torch.allclose(store.tensors()["x1"], flow.encode(source.fetch(torch.tensor([0, 1]))["x1"]), atol=1e-6)
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"b\.jpg has no caption b\.txt"):
+        open_prompts(flow, tmp_path)
+    with pytest.raises(ValueError, match="reads no prompts"):
+        open_prompts(load(folders["ddpm"]), tmp_path)
+    with pytest.raises(FileNotFoundError, match="no file of prompts"):
+        open_prompts(flow, tmp_path / "nothing.txt")
+
+
+def test_pairs_in_the_published_layout(folders, tmp_path):
+    flow = load(folders["sd"])
+    prompts = ["a", "b", "cd"]
+    x0 = noise(3, 4, 8, 8)
+    tokens = flow.network.tokenize(prompts)
+    x1 = flow.sample(x0=x0, condition={"tokens": tokens}, steps=10, method="heun", decode=False)
+    write_prompt_pairs({"x0": x0, "x1": x1}, prompts, tmp_path / "pairs")
+    assert sorted(p.name for p in (tmp_path / "pairs").glob("*00000001*")) == [
+        "0_00000001.txt",
+        "latent_0_00000001.pth",
+        "noise_0_00000001.pth",
+    ]
+    pairs = PromptPairs(tmp_path / "pairs", flow.network.tokenize, guidance=1.0)
+    assert isinstance(pairs, PairSource)
+    batch = pairs.fetch(torch.tensor([2, 0]))
+    assert torch.allclose(batch["x0"], x0[[2, 0]], atol=5e-3)
+    assert torch.equal(batch["tokens"], tokens[[2, 0]])
+    check_pairs(pairs, flow)
+    with pytest.raises(ValueError, match=r"latent holds NaN or infinity as torch\.float16"):
+        write_prompt_pairs({"x0": x0, "x1": 1e6 * x1}, prompts, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+    (tmp_path / "pairs" / "noise_0_00000002.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"0_00000002\.txt has no noise_0_00000002\.pth"):
+        PromptPairs(tmp_path / "pairs", flow.network.tokenize)
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "said"),
+    [
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "unknown pipeline 'FluxPipeline'"),
+        ("unet/config.json", {"_class_name": "UNet3DConditionModel"}, "unknown model 'UNet3DConditionModel'"),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "EDMEulerScheduler"},
+            "unknown scheduler 'EDMEulerScheduler'",
+        ),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "unknown beta_schedule 'sigmoid'"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow_prediction"}, "unknown prediction_type"),
+        ("unet/config.json", {"layers_per_block": 2}, "expected shape"),
+        ("unet/config.json", {"num_class_embeds": 3}, r"class_embedding\.weight is missing"),
+    ],
+)
+def test_what_is_not_known_is_refused(folders, tmp_path, file, settings, said):
+    folder = shutil.copytree(folders["ddpm"], tmp_path / "copy")
+    change(folder / file, **settings)
+    with pytest.raises(ValueError, match=said):
+        load(folder)
+
+
+def test_missing_and_damaged_weights_are_told_apart(folders, tmp_path):
+    folder = shutil.copytree(folders["ddpm"], tmp_path / "copy")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="unet"):
+        load(folder)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="no file named"):
+        load(folder)
+
+
+def test_a_flow_that_diffusers_cannot_sample_is_not_written(folders, tmp_path):
+    flow = load(folders["ddpm"])
+    flow.path = Linear()
+    with pytest.raises(ValueError, match="no scheduler for noise on the path linear"):
+        write(flow, tmp_path)
