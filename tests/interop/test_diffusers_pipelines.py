@@ -218,6 +218,22 @@ def test_an_unfinished_write_goes_back_to_its_pipeline(folders, tmp_path):
         load(folder)
 
 
+def test_a_saved_flow_finds_its_autoencoder_as_long_as_the_pipeline_is_there(tmp_path):
+    folder = stable_diffusion(tmp_path / "sd")
+    flow = load(folder)
+    x0, condition = noise(1, 4, 8, 8), conditions(flow, ["a"])
+    pictures = flow.sample(x0=x0, condition=condition, steps=1, guidance=2.0)
+    flow.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert torch.equal(again.sample(x0=x0, condition=condition, steps=1, guidance=2.0), pictures)
+    assert load(tmp_path / "saved", codec=None).codec is None
+    shutil.rmtree(folder)
+    with pytest.warns(UserWarning, match="samples stay latents"):
+        alone = load(tmp_path / "saved")
+    text = flow.network._encoders().encode(condition["tokens"], torch.float32).text
+    assert alone.network(x0, torch.tensor(0.5), text=text).shape == x0.shape
+
+
 def test_adapters_go_through_a_run_and_are_merged_when_written(folders, tmp_path):
     flow = load(folders["sd"])
     student = flow.like(add_peft(flow.network, rank=2))

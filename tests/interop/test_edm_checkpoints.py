@@ -19,6 +19,7 @@ from pantarhei.cli.main import main
 from pantarhei.data.pickled_modules import ModuleRecord, read_modules
 from pantarhei.flow import Provenance
 from pantarhei.interop import edm
+from pantarhei.interop.edm_sizes import PUBLISHED
 from pantarhei.networks import ADMConfig, SongUNetConfig, build, spec_of
 from pantarhei.networks.songunet import DDPMPP, FACES
 
@@ -69,7 +70,7 @@ def test_round_trip_of_weights(kind, suffix, tmp_path):
     assert torch.equal(back.sample(x0=x0, steps=2), flow.sample(x0=x0, steps=2))
 
 
-@pytest.mark.parametrize("config", edm.PUBLISHED)
+@pytest.mark.parametrize("config", PUBLISHED)
 def test_published_configurations_are_read_off_their_weights(config):
     name = "songunet" if isinstance(config, SongUNetConfig) else "adm"
     with torch.device("meta"):
@@ -80,7 +81,7 @@ def test_published_configurations_are_read_off_their_weights(config):
     state = {k: kernel if k.endswith("resample_filter") else v for k, v in state.items()}
     assert edm.infer_config(state, "file") == config
     assert edm.infer_config(state, "file", dropout=0.3).dropout == 0.3
-    assert {FACES, DDPMPP} <= set(edm.PUBLISHED)
+    assert {FACES, DDPMPP} <= set(PUBLISHED)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "module.model.", "module._orig_mod.model."])

@@ -99,7 +99,9 @@ def test_prompts_are_embedded_as_their_pipeline_does(folders, name):
     three = {"prompt_2": None, "prompt_3": None} if name.startswith("sd3") else {}
     plain = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
     text, null, *pooled = pipeline.encode_prompt(prompts, **three, **plain)
-    assert torch.allclose(found.text, torch.cat([text, null]), atol=1e-6)
+    assert torch.allclose(
+        found.text, torch.cat([text, null]), atol=5e-5
+    )  # T5's attention rounds with and without gradients
     if pooled:
         assert torch.allclose(found.pooled, torch.cat(pooled), atol=1e-6)
     if name == "xl":

@@ -32,6 +32,13 @@ VERBS: dict[str, dict[str, tuple[str, str, str]]] = {
     "straighten": {
         "reflow": ("straighten", "straighten_reflow", "train a flow on its own pairs so that few steps suffice"),
         "distil": ("straighten", "straighten_distil", "distil a flow to a few steps on its own pairs"),
+        "rfpp": ("rectify", "straighten_rfpp", "rectified flow++: one better round, from any diffusion model or flow"),
+        "rectified-diffusion": (
+            "rectify",
+            "straighten_rectified_diffusion",
+            "a diffusion model goes on training in its own form on its own pairs",
+        ),
+        "phased": ("rectify", "straighten_phased", "first-order within each of a few phases, from real data"),
     },
     "sample": {"": ("sample", "sample", "draw samples from a run")},
     "invert": {"": ("sample", "invert", "run a flow backwards: data to noise, or the second data set to the first")},

@@ -97,6 +97,9 @@ class Numbered(AffinePath):
 
     def _place(self, t: Tensor) -> tuple[Tensor, Tensor]:
         number = self.number_of(t)
+        # A number that t in float32 only just misses is that number, and not the segment on its other side.
+        off = (number - number.round()).detach()
+        number = number - torch.where(off.abs() < 1e-3, off, torch.zeros_like(off))
         below = number.detach().floor().clamp(0, self.count - 2).long()
         return below, number - below
 

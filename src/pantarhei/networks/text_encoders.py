@@ -144,7 +144,7 @@ class TextEncoders:
         for suffix in SUFFIXES:
             folder = self.folder / f"tokenizer{suffix}"
             if folder.is_dir():
-                kind = "T5Tokenizer" if suffix == "_3" else "CLIPTokenizer"
+                kind = "T5TokenizerFast" if suffix == "_3" else "CLIPTokenizer"
                 loaded.append(getattr(transformers, kind).from_pretrained(folder, local_files_only=True))
         if not loaded:
             raise FileNotFoundError(f"{self.folder} has no folder tokenizer: it turns no prompts into tokens")

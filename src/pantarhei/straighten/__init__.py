@@ -3,7 +3,15 @@
 from pantarhei.straighten.analysis import Balance, MarginalCheck, balance, check_marginals
 from pantarhei.straighten.convention import ConventionCheck, WrongConvention, check_convention
 from pantarhei.straighten.distillation import check_teacher, distil, distillation_task
-from pantarhei.straighten.editing import Reconstruction, interpolate, invert_quickly, reconstruct, slerp, translate
+from pantarhei.straighten.editing import (
+    Reconstruction,
+    decode,
+    interpolate,
+    invert_quickly,
+    reconstruct,
+    slerp,
+    translate,
+)
 from pantarhei.straighten.first_order import FirstOrder, first_order, segment_ends
 from pantarhei.straighten.pairs import PairReport, Solver, inspect_pairs, make_pairs
 from pantarhei.straighten.phased import PhasedObjective, Phases, phased_task
@@ -61,6 +69,7 @@ __all__ = [
     "check_pairs",
     "check_reflow",
     "check_teacher",
+    "decode",
     "distil",
     "distillation_task",
     "find_pairs",

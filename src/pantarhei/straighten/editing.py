@@ -146,10 +146,18 @@ def reconstruct(
     return Reconstruction(x, x0, decode(flow, x0, evaluations[1], condition, method), evaluations)
 
 
-def decode(flow: Flow, x0: Tensor, evaluations: int, condition: ConditionLike = None, method: str = "euler") -> Tensor:
+def decode(
+    flow: Flow,
+    x0: Tensor,
+    evaluations: int,
+    condition: ConditionLike = None,
+    method: str = "euler",
+    guidance: float = 1.0,
+) -> Tensor:
     """Data of noise in so many evaluations; "reinterpolate" keeps the noise, which edits want."""
     steps = (evaluations + 1) // 2 if method == "heun-euler" else evaluations
-    return flow.sample(x0=x0, steps=steps, method=method, condition=condition, final=clean_end(flow), decode=False)
+    options = {"steps": steps, "method": method, "guidance": guidance, "final": clean_end(flow)}
+    return flow.sample(x0=x0, condition=condition, decode=False, **options)
 
 
 def interpolate(

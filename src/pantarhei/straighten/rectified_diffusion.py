@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pantarhei.flow import Condition, Flow, FlowMatching, PseudoHuber, Term, squared
 from pantarhei.flow.couplings import Pairs
+from pantarhei.flow.numbered_path import BetaSchedule
 from pantarhei.flow.paths import Numbered
 from pantarhei.flow.sources import SourceLaw
 from pantarhei.flow.times import Numbers, TimeLaw, Uniform
@@ -67,6 +68,7 @@ def rectified_diffusion_task(
     *,
     loss: LossName | Term = "data-huber",
     anchor: Literal["noise", "state"] = "noise",
+    schedule: BetaSchedule | None = None,
     times: TimeLaw | None = None,
     dropout: float = 0.0,
     start: nn.Module | None = None,
@@ -85,6 +87,8 @@ def rectified_diffusion_task(
             Algorithm 4, with a warning; "velocity" and "native" are squared errors of velocity and output; or a term.
         anchor: what a pair's x0 is: the noise in the noisiest state ("noise", as published) or that state ("state", see
             `StateAnchor`); they differ where data are left in it.
+        schedule: of betas that a numbered student has instead of its teacher's: the pairs stay the same, and a lower
+            signal in the noisiest state fits pure noise better (the published student of Stable Diffusion has "linear").
         times: law of the training time; uniform by default, over the numbers of a numbered schedule.
         dropout: how often the condition is dropped; guidance at sampling needs it.
         start, low_rank, any_teacher, optimization, average, teacher: as in `plus_plus_task`.
@@ -104,6 +108,10 @@ def rectified_diffusion_task(
     if isinstance(loss, str) and loss not in LOSSES:
         raise ValueError(f"loss: must be {', '.join(LOSSES)} or a term, got {loss!r}")
     term = LOSSES[loss] if isinstance(loss, str) else loss
+    if schedule is not None:
+        if not isinstance(flow.path, Numbered):
+            raise ValueError(f"schedule: only a numbered path has one, this flow's is {flow.path.spec()['name']}")
+        flow = flow.like(flow.network, path=replace(flow.path, schedule=schedule, betas=None))
     notes: dict[str, Any] = {"loss": loss if isinstance(loss, str) else term.name, "anchor": anchor}
     student = make_student(flow, pairs, start=start, low_rank=low_rank, teacher=teacher, notes=notes)
     coupling: Any = Pairs() if anchor == "noise" else StateAnchor(first_ratio(flow))

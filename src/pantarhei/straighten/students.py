@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from pantarhei.flow import Flow
+from pantarhei.networks.diffusers_adapters import TARGETS, add_peft
+from pantarhei.networks.diffusers_models import DiffusersNetwork
 from pantarhei.networks.lora import add_lora
 from pantarhei.straighten.stores import PairSource
 
@@ -54,8 +56,11 @@ def make_student(
     kept |= notes or {}
     network = copy.deepcopy(start or flow.network).requires_grad_(True)
     if low_rank is not None:
-        adapt = getattr(network, "add_low_rank", None)  # a network may know better than we do where
-        (adapt or (lambda *a: add_lora(network, *a)))(low_rank.rank, low_rank.alpha, low_rank.targets)
+        targets = low_rank.targets
+        if isinstance(network, DiffusersNetwork):
+            network = add_peft(network, low_rank.rank, low_rank.alpha, targets or TARGETS)
+        else:
+            add_lora(network, low_rank.rank, low_rank.alpha, targets)
         kept["low_rank"] = low_rank.rank
     student = flow.like(network, rectified=flow.provenance.rectified + 1, teacher=teacher, notes=kept)
     student.codec = None  # pairs live in the flow's space already

@@ -1,0 +1,322 @@
+"""`pantarhei straighten rfpp`, `rectified-diffusion` and `phased`: students of any pretrained diffusion model or flow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from pantarhei.cli.teachers import (
+    Additions,
+    Learning,
+    Pairing,
+    Teacher,
+    Teaching,
+    open_teacher,
+    pairs_of,
+    say_gaps,
+    train_student,
+)
+from pantarhei.cli.train import Keeping, Machines, check_new
+from pantarhei.flow import PseudoHuber
+from pantarhei.flow.metrics import Premetric
+from pantarhei.flow.times import UShaped, build_time_law
+from pantarhei.interop import load
+from pantarhei.recipes.perceptual import MetricName, build_metric
+from pantarhei.recipes.rectified_flow import TimesName
+from pantarhei.straighten import (
+    MixedPairs,
+    PairSource,
+    Phases,
+    Solver,
+    invert_data,
+    phased_task,
+    plus_plus_task,
+    rectified_diffusion_task,
+)
+from pantarhei.straighten.rectified_diffusion import LossName
+from pantarhei.training import FlowTask
+
+
+def straighten_rfpp(
+    teacher: tyro.conf.Positional[Path],
+    out: Path,
+    perceptual: Literal["none"] | MetricName = "none",
+    vgg: Path | None = None,
+    lpips: Path | None = None,
+    divided: bool = True,
+    huber: float = 0.00054,
+    ushape: float = 4.0,
+    start: Path | None = None,
+    real_share: float = 0.0,
+    teaching: Teaching = Teaching(),
+    additions: Additions = Additions(),
+    pairing: Pairing = Pairing(pair_steps=17),
+    learning: Learning = Learning(),
+    machines: Machines = Machines(),
+    keeping: Keeping = Keeping(),
+) -> int:
+    """Rectified flow++: one round on the teacher's pairs, from its weights, with U-shaped times and a robust loss.
+
+    The student is a flow on the linear path; sample it with `--steps 1`, or with `--method reinterpolate` in 2 to 5 steps.
+
+    Args:
+        teacher: a run, a saved flow, a file of EDM or SiT, or a folder of diffusers.
+        out: run folder of the student.
+        perceptual: adds a distance of the images that come out: lpips (give --vgg and --lpips), or one that needs no
+            weights: lpips-surrogate, gradients, classifier.
+        vgg: weights of VGG16 as torchvision publishes them.
+        lpips: the linear weights of LPIPS for VGG16.
+        divided: divide the perceptual distance by the noise level (the paper's best setting on CIFAR-10).
+        huber: transition c of the pseudo-Huber loss, as a multiple of the number of values of a sample.
+        ushape: a of the U-shaped law of times; 0 is uniform.
+        start: a student to go on from (a run), instead of the teacher.
+        real_share: share of real data, inverted by the teacher, in the pairs; 1 takes no others.
+        teaching: what is known of the teacher.
+        additions: low-rank training.
+        pairing: the teacher's pairs.
+        learning: how the student learns.
+        machines: where it runs.
+        keeping: what is kept on the way.
+    """
+    check_new(out, learning.resume)
+    if ushape < 0 or not huber > 0:
+        raise ValueError(f"--ushape, --huber: must not be negative, got {ushape:g} and {huber:g}")
+    if not 0 <= real_share <= 1:
+        raise ValueError(f"--real-share: must lie in 0 to 1, got {real_share:g}")
+    opened = open_teacher(teacher, machines, teaching)
+    flow, solver = opened.flow, pairing.solver(opened.flow)
+    metric = _perceptual(perceptual, opened, vgg, lpips, learning.seed)
+    pairs = _with_real(opened, out, pairing, solver, learning.seed, real_share)
+    task = plus_plus_task(
+        flow,
+        pairs,
+        metric=PseudoHuber(huber),
+        perceptual=metric,
+        divided=divided,
+        times=UShaped(ushape) if ushape else build_time_law("uniform"),
+        start=None if start is None else load(start).network,
+        low_rank=additions.low_rank(),
+        any_teacher=pairing.any_teacher,
+        teacher=str(teacher),
+        **learning.task_options(),
+    )
+    return _finish(task, "rectified-flow-plus-plus", out, opened, pairs, solver, learning, machines, keeping)
+
+
+def straighten_rectified_diffusion(
+    teacher: tyro.conf.Positional[Path],
+    out: Path,
+    loss: LossName = "data-huber",
+    anchor: Literal["noise", "state"] = "noise",
+    schedule: Literal["own", "linear", "scaled-linear"] = "own",
+    times: Literal["own"] | TimesName = "own",
+    label_dropout: float = 0.1,
+    start: Path | None = None,
+    teaching: Teaching = Teaching(),
+    additions: Additions = Additions(),
+    pairing: Pairing = Pairing(),
+    learning: Learning = Learning(),
+    machines: Machines = Machines(),
+    keeping: Keeping = Keeping(),
+) -> int:
+    """Rectified diffusion: the model goes on training as it is (schedule, prediction, network) on its own pairs.
+
+    Sample the student with `--method ddim --steps 1 --final clean`.
+
+    Args:
+        teacher: a run, a saved flow, a file of EDM, or a folder of diffusers (DDPM, Stable Diffusion, SDXL, SD3).
+        out: run folder of the student.
+        loss: data-huber compares data estimates, as the published code; noise-mse is the paper's algorithm, and warns.
+        anchor: what the pairs' noise is where the schedule leaves data in the noisiest state: the noise in it, or the state.
+        schedule: of betas that a numbered student has instead of its teacher's (the published Stable Diffusion student has
+            linear).
+        times: law of the training time; own is uniform, over the numbers of a numbered schedule.
+        label_dropout: how often the condition is dropped; guidance of the student needs it.
+        start: a student to go on from (a run), instead of the teacher.
+        teaching: what is known of the teacher.
+        additions: low-rank training.
+        pairing: the teacher's pairs.
+        learning: how the student learns.
+        machines: where it runs.
+        keeping: what is kept on the way.
+    """
+    check_new(out, learning.resume)
+    opened = open_teacher(teacher, machines, teaching)
+    flow, solver = opened.flow, pairing.solver(opened.flow)
+    pairs = pairs_of(flow, teacher, out, pairing, learning.seed, opened.conditions)
+    task = rectified_diffusion_task(
+        flow,
+        pairs,
+        loss=loss,
+        anchor=anchor,
+        schedule=None if schedule == "own" else schedule,
+        times=None if times == "own" else build_time_law(times),
+        dropout=label_dropout if flow.null else 0.0,
+        start=None if start is None else load(start).network,
+        low_rank=additions.low_rank(),
+        any_teacher=pairing.any_teacher,
+        teacher=str(teacher),
+        **learning.task_options(),
+    )
+    return _finish(task, "rectified-diffusion", out, opened, pairs, solver, learning, machines, keeping)
+
+
+def straighten_phased(
+    teacher: tyro.conf.Positional[Path],
+    out: Path,
+    phases: int = 4,
+    spacing: Literal["time", "logsnr"] = "time",
+    substeps: int = 10,
+    guidance: float = 1.0,
+    label_dropout: float = 0.1,
+    start: Path | None = None,
+    teaching: Teaching = Teaching(),
+    additions: Additions = Additions(),
+    learning: Learning = Learning(),
+    machines: Machines = Machines(),
+    keeping: Keeping = Keeping(),
+) -> int:
+    """Phased rectified diffusion: first-order within each of some phases, trained on real data without stored pairs.
+
+    Sample the student with `--method ddim` and as many steps as phases.
+
+    Args:
+        teacher: a run, a saved flow, a file of EDM, or a folder of diffusers.
+        out: run folder of the student.
+        phases: how many.
+        spacing: phases even in the model's own time, or in log(alpha / sigma).
+        substeps: steps of the teacher through a phase.
+        guidance: of the teacher (Stable Diffusion 1.5: 3, SDXL: 7.5).
+        label_dropout: how often the student's condition is dropped.
+        start: a student to go on from (a run), instead of the teacher.
+        teaching: what is known of the teacher; `--data` (or captioned pictures as `--prompts`) is what is trained on.
+        additions: low-rank training.
+        learning: how the student learns.
+        machines: where it runs.
+        keeping: what is kept on the way.
+    """
+    check_new(out, learning.resume)
+    opened = open_teacher(teacher, machines, teaching)
+    if opened.data is None:
+        raise ValueError("--data: phases are trained on real data, which this teacher does not name; give them")
+    train_set, held_out = opened.data
+    task = phased_task(
+        opened.flow,
+        train_set,
+        held_out=held_out,
+        phases=Phases.of(opened.flow, phases, spacing),
+        substeps=substeps,
+        guidance=guidance,
+        dropout=label_dropout if opened.flow.null else 0.0,
+        start=None if start is None else load(start).network,
+        low_rank=additions.low_rank(),
+        teacher=str(teacher),
+        **learning.task_options(),
+    )
+    solver = Solver("ddim", phases * substeps, guidance)
+    return _finish(task, "rectified-diffusion", out, opened, None, solver, learning, machines, keeping, kind="phased")
+
+
+_FACES: dict[str, Any] = {
+    "pairing": Pairing(pairs=1_000_000, pair_steps=39, store="states"),
+    "learning": Learning(
+        iterations=1_000_000, batch=256, dropout=0.25, lr=2e-4, warmup=5000, decay="constant", average=0.9999
+    ),
+    "keeping": Keeping(checkpoint_every=50_000, preview_every=50_000),
+    "perceptual": "lpips",
+}
+# The published settings (configurations F, F, F and E).
+straighten_rfpp.presets = {  # type: ignore[attr-defined]
+    "cifar10": {
+        **_FACES,
+        "pairing": Pairing(pairs=1_000_000, pair_steps=17, store="states"),
+        "learning": Learning(
+            iterations=800_000, batch=512, dropout=0.13, lr=2e-4, warmup=5000, decay="constant", average=0.9999
+        ),
+    },
+    "afhq64": _FACES,
+    "ffhq64": _FACES,
+    "imagenet64": {
+        **_FACES,
+        "pairing": Pairing(pairs=5_000_000, pair_steps=39, store="states"),
+        "learning": Learning(
+            iterations=700_000, batch=2048, dropout=0.1, lr=1e-4, warmup=2500, decay="constant", average=0.9999
+        ),
+        "machines": Machines(precision="bf16"),
+        "divided": False,
+    },
+}
+_DIFFUSION = Learning(iterations=200_000, batch=128, lr=5e-6, warmup=500, decay="constant", average=0.9999)
+straighten_rectified_diffusion.presets = {  # type: ignore[attr-defined]
+    "sd15": {
+        "pairing": Pairing(pairs=1_600_000, pair_method="dpm-solver", pair_steps=25, guidance=5.0),
+        "learning": _DIFFUSION,
+        "schedule": "linear",
+        "machines": Machines(precision="bf16"),
+        "keeping": Keeping(checkpoint_every=5000, preview_every=0),
+    },
+    "sdxl": {
+        "pairing": Pairing(pairs=1_600_000, pair_method="dpm-solver", pair_steps=25, guidance=7.5),
+        "learning": _DIFFUSION,
+        "machines": Machines(precision="bf16"),
+        "keeping": Keeping(checkpoint_every=5000, preview_every=0),
+    },
+}
+straighten_phased.presets = {  # type: ignore[attr-defined]
+    name: {
+        "guidance": guidance,
+        "learning": Learning(iterations=20_000, batch=batch, lr=5e-6, warmup=500, decay="constant", average=0.9999),
+        "machines": Machines(precision="bf16"),
+        "keeping": Keeping(checkpoint_every=1000, preview_every=0),
+    }
+    for name, guidance, batch in (("sd15", 3.0, 160), ("sdxl", 7.5, 40))
+}
+
+
+def _perceptual(name: str, teacher: Teacher, vgg: Path | None, lpips: Path | None, seed: int) -> Premetric | None:
+    """The distance of images that is asked for."""
+    if name in ("none", "squared"):
+        return None
+    if len(teacher.flow.shape or ()) != 3:
+        raise ValueError(f"--perceptual: {name} compares images, this flow's samples have shape {teacher.flow.shape}")
+    data = None if teacher.data is None else teacher.data[0]
+    kind: Any = name
+    return build_metric(kind, data, seed, vgg=vgg, linear=lpips)
+
+
+def _with_real(teacher: Teacher, out: Path, pairing: Pairing, solver: Solver, seed: int, share: float) -> PairSource:
+    """The teacher's pairs, mixed with inverted real data, or these alone."""
+    made = None
+    if share < 1:
+        made = pairs_of(teacher.flow, teacher.run, out, pairing, seed, teacher.conditions)
+    if not share:
+        assert made is not None
+        return made
+    if teacher.data is None:
+        raise ValueError("--real-share: this teacher does not name its data; give --data")
+    plain = Solver(solver.method, solver.steps, 1.0, solver.rtol)
+    folder = out / "inverted"
+    real = invert_data(teacher.flow, teacher.data[0], folder, solver=plain, teacher=str(teacher.run), progress=True)
+    return real if made is None else MixedPairs(made, real, share)
+
+
+def _finish(
+    task: FlowTask,
+    system: str,
+    out: Path,
+    teacher: Teacher,
+    pairs: PairSource | None,
+    solver: Solver,
+    learning: Learning,
+    machines: Machines,
+    keeping: Keeping,
+    kind: str = "",
+) -> int:
+    """Train, and say what became of the few-step samples."""
+    kind = kind or system
+    status = train_student(task, out, kind, teacher.run, pairs, learning, machines, keeping, system)
+    if not status and machines.devices * machines.nodes == 1:
+        say_gaps(teacher, task.result(), solver)
+    return status
