@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from pantarhei.cli.opening import Device, data_of, open_flow
-from pantarhei.cli.sample import Stochastic
+from pantarhei.cli.sample import Method, Stochastic
 from pantarhei.files import write_json
+from pantarhei.flow.flow import Final
 from pantarhei.recipes.evaluation import bits_per_dimension, evaluate_flow, make_reference
 
 
@@ -18,7 +18,8 @@ def evaluate(
     steps: tuple[int, ...] = (1, 2, 4, 8, 50),
     count: int = 2000,
     seed: int = 0,
-    method: Literal["euler", "midpoint", "heun", "rk4", "bosh3", "dopri5", "tsit5"] = "euler",
+    method: Method = "auto",
+    final: Final = "auto",
     rtol: float | None = None,
     guidance: float = 1.0,
     noise: Stochastic = Stochastic(),
@@ -35,7 +36,8 @@ def evaluate(
         steps: numbers of sampling steps, such as 1 2 4 8 50.
         count: samples for each.
         seed: of noise and labels.
-        method: of the sampler.
+        method: of the sampler; see `pantarhei sample --help`.
+        final: the same; with clean the steps of one evaluation each are all the evaluations there are.
         rtol: error control with this tolerance instead of numbers of steps (with bosh3, dopri5 or tsit5; the paper's figures
             have dopri5 at 1e-5).
         guidance: classifier-free guidance scale.
@@ -69,6 +71,7 @@ def evaluate(
         batch=batch,
         progress=True,
         noise=noise.options(flow, method) if stochastic else None,
+        final=final,
     )
     bits = None
     if likelihood:

@@ -17,13 +17,29 @@ from pantarhei.data import Source
 from pantarhei.data.seeds import generator as seeded
 from pantarhei.files import write_tensors
 from pantarhei.flow import Flow, Stretched, noise_amount
+from pantarhei.flow.flow import Final
 from pantarhei.flow.noise_amounts import NoiseForm
 from pantarhei.flow.numbered import Conditions, join, numbered_conditions, numbered_samples, path_noise
 from pantarhei.flow.stochastic import LastStep
 from pantarhei.report import save_image_grid
 from pantarhei.report.figures import scatter_2d
 
-Method = Literal["euler", "midpoint", "heun", "rk4", "bosh3", "dopri5", "tsit5"]
+Method = Literal[
+    "auto",
+    "euler",
+    "ddim",
+    "reinterpolate",
+    "reinterpolate-heun",
+    "dpm-solver",
+    "edm",
+    "heun-euler",
+    "midpoint",
+    "heun",
+    "rk4",
+    "bosh3",
+    "dopri5",
+    "tsit5",
+]
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,7 @@ class Stochastic:
         Raises:
             ValueError: a method that has no stochastic form.
         """
-        methods = {"euler": "euler_maruyama", "heun": "heun"}
+        methods = {"auto": "euler_maruyama", "euler": "euler_maruyama", "heun": "heun"}
         if method not in methods:
             raise ValueError(f"--sde: goes with --method euler or heun, got {method}")
         trained = self.epsilon is None and flow.stochastic
@@ -82,10 +98,11 @@ def sample(
     out: Path,
     count: int = 64,
     steps: int | None = None,
-    method: Method = "euler",
+    method: Method = "auto",
     label: int | None = None,
     guidance: float = 1.0,
     shift: float = 1.0,
+    final: Final = "auto",
     noise: Stochastic = Stochastic(),
     rtol: float | None = None,
     published_grid: bool = False,
@@ -104,10 +121,14 @@ def sample(
         out: folder to write into.
         count: number of samples.
         steps: sampling steps; 50, or what a distilled flow was made for.
-        method: of the sampler; each step of heun and midpoint costs two evaluations, of rk4 four.
+        method: of the sampler. auto is euler on straight paths and ddim on those of diffusion models; reinterpolate (with
+            the noise it started from) suits straightened flows in 2 to 5 steps; dpm-solver and edm are made for diffusion
+            models. Each step of heun, edm and midpoint costs two evaluations, of rk4 four.
         label: class of all samples; drawn evenly where it is left out.
         guidance: classifier-free guidance scale; 1 is none.
         shift: resolution shift of the time grid; above 1 spends more steps near the noise.
+        final: denoise ends with one more evaluation where noise is left, state does not, clean ends with the last step's
+            estimate of the data instead (no noise left, no evaluation added); auto is denoise where it is needed.
         noise: sample a stochastic equation instead.
         rtol: error control with this relative and absolute tolerance instead of a number of steps (with bosh3, dopri5 or
             tsit5); the paper's figures have dopri5 at 1e-5.
@@ -130,8 +151,9 @@ def sample(
             raise ValueError("--rtol: goes with --method bosh3, dopri5 or tsit5, and without --steps and --sde")
         options |= {"steps": None, "rtol": rtol, "atol": rtol}
     options |= noise.options(flow, method) if sde else {"method": method}
+    options |= {"final": final}
     if published_grid:
-        if sde or method != "euler":
+        if sde or method not in ("auto", "euler"):
             raise ValueError("--published-grid: is a grid of Euler steps; leave --method and --sde out")
         if not flow.interval[0] > 0:
             raise ValueError("--published-grid: is for networks trained from a first time on, such as 0.001")

@@ -293,7 +293,7 @@ class Flow(nn.Module):
         times: Sequence[float],
         *,
         steps: int | Grid | None = 50,
-        method: MethodName | PathMethod | Step = "euler",
+        method: MethodName | PathMethod | Step = "auto",
         grid: GridName | Callable[[float], float] = "uniform",
         shift: float = 1.0,
         condition: ConditionLike = None,
@@ -313,8 +313,8 @@ class Flow(nn.Module):
             times: two or more monotone times inside `interval`.
             steps: number of steps between the first and the last time, a whole grid, or None for error control (with a
                 method that has an error estimate).
-            method: as in `solve.ode`; or "ddim", "edm", "reinterpolate", "reinterpolate-heun", "dpm-solver" or "heun-euler"
-                (see `flow.updates`), which know the path.
+            method: as in `solve.ode`; "ddim", "edm", "reinterpolate", "reinterpolate-heun", "dpm-solver" or "heun-euler" (see
+                `flow.updates`), which know the path; or "auto": DDIM on a curved path, else Euler.
             grid, shift: spacing of the steps, see `make_grid`.
             condition, guidance, transforms: what changes the field.
             before_step, after_step, observe: hooks, see `solve.ode`.
@@ -386,7 +386,7 @@ class Flow(nn.Module):
             epsilon: sample the SDE with this much noise (a number or a function of t) instead of the ODE, with the options
                 of `transport_sde`; `generator` draws its noise too. A flow that predicts a drift has no ODE at its point
                 source: its default is "trained".
-            options: `steps=50`, `method="euler"`, `grid`, `shift`, `guidance`, hooks: see `transport`.
+            options: `steps=50`, `method="auto"`, `grid`, `shift`, `guidance`, hooks: see `transport`.
 
         Returns:
             (B, *shape), or the codec's output shape.
@@ -424,7 +424,7 @@ class Flow(nn.Module):
             raise ValueError("final: 'clean' replaces the last step of a grid; under error control take 'denoise'")
         if isinstance(steps, int):
             steps = self._grid(steps, (low, high), options.get("grid", "uniform"), options.get("shift", 1.0))
-        method = path_step(options.get("method", "euler"), self.path, high)
+        method = path_step(options.get("method", "auto"), self.path, high)
         return float(steps[-2]), {**options, "steps": tuple(steps[:-1]), "method": method}
 
     @torch.no_grad()

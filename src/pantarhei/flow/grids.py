@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from pantarhei.flow.paths import AffinePath
+from pantarhei.flow.paths import AffinePath, Numbered
 from pantarhei.flow.times import shift_time
 
 GridName = Literal["uniform", "quadratic", "cosine", "logsnr", "karras"]
@@ -36,7 +36,8 @@ def make_grid(
     Args:
         steps: number of steps, at least 1.
         interval: first and last time, inside [0, 1].
-        kind: "uniform"; "quadratic" (denser at the source: u^2); "cosine" (denser at both ends); "logsnr" (equal steps
+        kind: "uniform" (on a numbered path its whole numbers, "trailing": K - 1, K - 1 - K / steps, ..., and 0 at the
+            end); "quadratic" (denser at the source: u^2); "cosine" (denser at both ends); "logsnr" (equal steps
             of log(alpha/sigma)) and "karras" (equal steps of (sigma/alpha)^(1/rho)), which need a path; or any rising
             function of u in [0, 1] onto [0, 1].
         shift: SD3's resolution shift, t -> t / (shift - (shift - 1) t), applied once, to i/steps; > 1 spends more steps
@@ -52,7 +53,9 @@ def make_grid(
     if not shift > 0:
         raise ValueError(f"shift: must be positive, got {shift}")
     low, high = interval
-    if callable(kind) or kind in WARPS:
+    if kind == "uniform" and isinstance(path, Numbered) and interval == (0.0, 1.0) and steps <= path.count:
+        times = [1 - k / (path.count - 1) for k in trailing(path.count, steps)]
+    elif callable(kind) or kind in WARPS:
         warp = kind if callable(kind) else WARPS[kind]
         times = [low + (high - low) * float(warp(i / steps)) for i in range(steps + 1)]
     elif kind in ("logsnr", "karras"):
@@ -69,6 +72,11 @@ def make_grid(
     if any(b <= a for a, b in pairwise(grid)):
         raise ValueError("grid: times must rise strictly")
     return grid
+
+
+def trailing(count: int, steps: int) -> list[int]:
+    """Numbers at which a sampler of a numbered diffusion is evaluated, from the noisiest, and the number 0 at its end."""
+    return [*(round(count - count * i / steps) - 1 for i in range(steps)), 0]
 
 
 def _by_noise_level(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pantarhei.flow.affine import AffinePath
+from pantarhei.flow.paths import Custom, Linear
 from pantarhei.flow.predictions import Ends, Velocity
 from pantarhei.naming import unknown
 from pantarhei.solve.methods import METHODS, as_step
@@ -249,12 +250,14 @@ class LastEuler:
         return hermite(theta, x, result.x, result.slopes[0], field(result.x, t + dt), dt)
 
 
-PathMethod = Literal["ddim", "edm", "reinterpolate", "reinterpolate-heun", "dpm-solver", "heun-euler"]
+PathMethod = Literal["auto", "ddim", "edm", "reinterpolate", "reinterpolate-heun", "dpm-solver", "heun-euler"]
 PATH_METHODS = get_args(PathMethod)
 
 
 def path_step(method: str | Step, path: Any, end: float) -> Step:
     """The step of a name, of those that know the path and of `solve`; or the step itself.
+
+    "auto" is DDIM's on curved paths, where Euler's leaves the path at once, and Euler's where they are the same.
 
     Args:
         method: a name or a step.
@@ -264,6 +267,8 @@ def path_step(method: str | Step, path: Any, end: float) -> Step:
     Raises:
         ValueError: an unknown name, or a path without the algebra that the method needs.
     """
+    if method == "auto":
+        method = "ddim" if isinstance(path, AffinePath) and not isinstance(path, (Linear, Custom)) else "euler"
     if not isinstance(method, str) or method in METHODS:
         return as_step(method)
     if method not in PATH_METHODS:

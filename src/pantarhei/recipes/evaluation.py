@@ -15,7 +15,9 @@ from pantarhei import metrics
 from pantarhei.data import Source
 from pantarhei.data.seeds import generator as seeded
 from pantarhei.flow import Flow
+from pantarhei.flow.flow import Final
 from pantarhei.flow.numbered import join, numbered_samples
+from pantarhei.flow.updates import path_step
 from pantarhei.metrics import ClassifierFeatures, Interval
 from pantarhei.report import Table
 from pantarhei.report.progress import Progress
@@ -178,13 +180,14 @@ def evaluate_flow(
     steps: Sequence[int] = (1, 2, 4, 8, 50),
     count: int = 2000,
     seed: int = 0,
-    method: str = "euler",
+    method: str = "auto",
     rtol: float | None = None,
     guidance: float = 1.0,
     conditions: Any | None = None,
     batch: int = 256,
     progress: bool = False,
     noise: dict[str, Any] | None = None,
+    final: Final = "auto",
 ) -> Evaluation:
     """Sample with each number of steps from the same noise, and score.
 
@@ -194,7 +197,7 @@ def evaluate_flow(
         steps: numbers of steps.
         count: samples for each.
         seed: of the noise and the labels.
-        method, guidance: of the sampler.
+        method, guidance, final: of the sampler.
         rtol: relative and absolute tolerance of error control, instead of `steps`.
         conditions: see `numbered_conditions`.
         batch: rows at a time.
@@ -208,6 +211,7 @@ def evaluate_flow(
         raise ValueError(f"count: at least 10 samples are needed, got {count}")
     if not steps or min(steps) < 1:
         raise ValueError(f"steps: every number of steps must be at least 1, got {list(steps)}")
+    method = path_step(method, flow.path, 1.0).name
     if rtol is not None and not as_step(method).adaptive:
         raise ValueError(f"rtol: {method} has no error control; take bosh3, dopri5 or tsit5")
     rows, memory = [], None
@@ -225,6 +229,7 @@ def evaluate_flow(
                 batch=batch,
                 steps=number,
                 guidance=guidance,
+                final=final,
                 **(noise or {"method": method, **tolerance}),
             )
             try:

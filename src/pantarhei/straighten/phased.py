@@ -64,12 +64,7 @@ class Phases:
         low, high = flow.interval
         if spacing == "logsnr":
             return Phases(make_grid(count, (low, high), kind="logsnr", path=flow.path))
-        if isinstance(flow.path, Numbered) and flow.interval == (0.0, 1.0):
-            last = flow.path.count - 1
-            size = flow.path.count // count
-            numbers = [*(last - size * m for m in range(count)), 0]
-            return Phases(tuple(float(flow.path.time_of(k)) for k in numbers))
-        return Phases((*(low + (high - low) * m / count for m in range(count)), high))
+        return Phases(make_grid(count, (low, high), path=flow.path))
 
 
 class Segment(NamedTuple):
