@@ -39,9 +39,22 @@ VERBS: dict[str, dict[str, tuple[str, str, str]]] = {
             "a diffusion model goes on training in its own form on its own pairs",
         ),
         "phased": ("rectify", "straighten_phased", "first-order within each of a few phases, from real data"),
+        "compare": (
+            "compare",
+            "straighten_compare",
+            "all of these on one teacher within one budget: a table and a page",
+        ),
     },
     "sample": {"": ("sample", "sample", "draw samples from a run")},
     "invert": {"": ("sample", "invert", "run a flow backwards: data to noise, or the second data set to the first")},
+    "edit": {
+        "interpolate": ("edit", "edit_interpolate", "what lies between two images, through their noises"),
+        "translate": (
+            "edit",
+            "edit_translate",
+            "images under another label: to noise under theirs, back under the other",
+        ),
+    },
     "evaluate": {"": ("evaluate", "evaluate", "score a run's samples against its data, for several numbers of steps")},
     "forecast": {"": ("forecast", "forecast_run", "ensembles of what follows, scored on held-out trajectories")},
     "convert": {"": ("convert", "convert", "published checkpoints to folders of ours, and back")},

@@ -18,6 +18,8 @@ from pantarhei.images import open_images
 from pantarhei.interop import load
 from pantarhei.recipes.data import Recipe
 from pantarhei.recipes.registry import recipe_in
+from pantarhei.report import save_image_grid
+from pantarhei.report.figures import scatter_2d
 from pantarhei.training import Run
 from pantarhei.training.runs import CONFIG
 
@@ -133,3 +135,21 @@ def read_checkpoint(name: str) -> Literal["newest", "best"] | int:
     if not name.isdigit():
         raise ValueError(f"--checkpoint: newest, best or an iteration is needed, got {name!r}")
     return int(name)
+
+
+def with_null_labels(flow: Flow, given: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The given conditions; the null class where no labels are given."""
+    if set(given) == set(flow.conditions):
+        return given
+    null = flow.null.get("label")
+    if flow.conditions != ("label",) or not isinstance(null, int):
+        raise ValueError(f"--input: this flow is conditioned on {', '.join(flow.conditions)}, which the input lacks")
+    return {"label": torch.full((count,), null)}
+
+
+def save_picture(x: Tensor, path: Path, title: str) -> None:
+    """A grid of images or a scatter of points; nothing where neither shows anything."""
+    if x.ndim == 4 and x.shape[1] in (1, 3, 4):
+        save_image_grid(x[:256], path)
+    elif x.ndim == 2 and x.shape[1] == 2:
+        scatter_2d({title: x}).savefig(path, dpi=120)

@@ -215,7 +215,7 @@ def straighten_phased(
         teacher=str(teacher),
         **learning.task_options(),
     )
-    solver = Solver("ddim", phases * substeps, guidance)
+    solver = Solver("edm", 32, guidance)
     return _finish(task, "rectified-diffusion", out, opened, None, solver, learning, machines, keeping, kind="phased")
 
 

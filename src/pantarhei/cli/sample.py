@@ -12,17 +12,24 @@ import torch
 import tyro
 from torch import Tensor
 
-from pantarhei.cli.opening import Device, counted_calls, data_of, default_steps, open_flow, read_input
+from pantarhei.cli.edit import invert_quickly_to, items_of
+from pantarhei.cli.opening import (
+    Device,
+    counted_calls,
+    data_of,
+    default_steps,
+    open_flow,
+    read_input,
+    save_picture,
+    with_null_labels,
+)
 from pantarhei.data import Source
-from pantarhei.data.seeds import generator as seeded
 from pantarhei.files import write_tensors
 from pantarhei.flow import Flow, Stretched, noise_amount
 from pantarhei.flow.flow import Final
 from pantarhei.flow.noise_amounts import NoiseForm
 from pantarhei.flow.numbered import Conditions, join, numbered_conditions, numbered_samples, path_noise
 from pantarhei.flow.stochastic import LastStep
-from pantarhei.report import save_image_grid
-from pantarhei.report.figures import scatter_2d
 
 Method = Literal[
     "auto",
@@ -172,9 +179,9 @@ def sample(
     settings = {"run": run, "seed": seed, **options, **(vars(noise) if sde else {})}
     metadata = {k: str(v) for k, v in settings.items()}
     write_tensors(out / "samples.safetensors", {"x": x, **{k: v for k, v in found.items() if k != "x1"}}, metadata)
-    _picture(x, out / "samples.png", f"{len(x)} samples")
+    save_picture(x, out / "samples.png", f"{len(x)} samples")
     if not getattr(flow.source, "gaussian", False):
-        _picture(found["x0"], out / "starts.png", "what they started from")
+        save_picture(found["x0"], out / "starts.png", "what they started from")
     print(
         f"{len(x)} samples, {evaluations:.4g} evaluations of the network each, in {seconds:.2f} s "
         f"({len(x) / seconds:.0f} a second) in {out}"
@@ -188,6 +195,7 @@ def invert(
     count: int = 64,
     steps: int | None = None,
     method: Method | None = None,
+    evaluations: tuple[int, int] | None = None,
     input: Path | None = None,
     seed: int = 0,
     batch: int = 256,
@@ -205,6 +213,8 @@ def invert(
         count: how many items.
         steps: steps each way; 50, or what a distilled flow was made for.
         method: of the sampler; heun, or euler for a distilled flow.
+        evaluations: of the network, there and back (such as 4 4), instead of steps: the quick inversion of rectified flow++,
+            whose error is compared with that of the teacher, where it is there.
         input: images (a folder, zip or file) or a .safetensors file with x; held-out data of the run by default.
         seed: which held-out items.
         batch: items at a time.
@@ -218,15 +228,13 @@ def invert(
         raise ValueError(
             "this flow was distilled to run from source to data; distil its teacher with --reverse instead"
         )
+    if evaluations is not None:
+        if steps is not None or method is not None or distilled:
+            raise ValueError("--evaluations: goes without --steps and --method, and with a flow that is not distilled")
+        return invert_quickly_to(run, flow, out, items_of(run, flow, count, input, seed), evaluations, seed)
     method = method or ("euler" if distilled else "heun")
     options: dict[str, Any] = {"steps": steps or default_steps(flow), "method": method}
-    if input is not None:
-        x1, given = read_input(input, flow, count, ("x", "x1"))
-        items = {"x1": x1, **_with_null_labels(flow, given, len(x1))}
-    else:
-        held_out = data_of(run)[1]
-        rows = torch.randperm(len(held_out), generator=seeded(seed, 51))[:count]
-        items = held_out.fetch(rows)
+    items = items_of(run, flow, count, input, seed)
     parts = []
     for first in range(0, len(items["x1"]), batch):
         x = items["x1"][first : first + batch].to(flow.device, flow.dtype)
@@ -240,7 +248,7 @@ def invert(
     write_tensors(out / "inverted.safetensors", found, {"run": str(run), **{k: str(v) for k, v in options.items()}})
     for name in ("x", "x0", "reconstruction"):
         if name in found:
-            _picture(found[name], out / f"{name}.png", name)
+            save_picture(found[name], out / f"{name}.png", name)
     x, x0 = found["x"], found["x0"]
     moments = f"x0 has mean {float(x0.mean()):.3g}, deviation {float(x0.std()):.3g}"
     print(f"{len(x)} items, {options['steps']} {method} steps: {moments}")
@@ -278,16 +286,6 @@ def _fixed_label(flow: Flow, label: int, others: Source | None = None) -> Condit
     return fixed
 
 
-def _with_null_labels(flow: Flow, given: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The given conditions; the null class where no labels are given."""
-    if set(given) == set(flow.conditions):
-        return given
-    null = flow.null.get("label")
-    if flow.conditions != ("label",) or not isinstance(null, int):
-        raise ValueError(f"--input: this flow is conditioned on {', '.join(flow.conditions)}, which the input lacks")
-    return {"label": torch.full((count,), null)}
-
-
 def _from_input(
     flow: Flow,
     x0: Tensor,
@@ -302,17 +300,9 @@ def _from_input(
         part = x0[first : first + batch]
         numbers = range(first, first + len(part))
         own = {name: value[first : first + batch] for name, value in given.items()}
-        named = _with_null_labels(flow, own, len(part)) if conditions is None else conditions(numbers)
+        named = with_null_labels(flow, own, len(part)) if conditions is None else conditions(numbers)
         if seed is not None:
             options["noise"] = path_noise(seed, numbers)
         x1 = flow.sample(x0=part, condition=named or None, **options)
         parts.append({"x0": part.float().cpu(), "x1": x1.float().cpu(), **named})
     return join(iter(parts))
-
-
-def _picture(x: Tensor, path: Path, title: str) -> None:
-    """A grid of images or a scatter of points; nothing where neither shows anything."""
-    if x.ndim == 4 and x.shape[1] in (1, 3, 4):
-        save_image_grid(x[:256], path)
-    elif x.ndim == 2 and x.shape[1] == 2:
-        scatter_2d({title: x}).savefig(path, dpi=120)

@@ -313,8 +313,8 @@ class Flow(nn.Module):
             times: two or more monotone times inside `interval`.
             steps: number of steps between the first and the last time, a whole grid, or None for error control (with a
                 method that has an error estimate).
-            method: as in `solve.ode`; "ddim", "edm", "reinterpolate", "reinterpolate-heun", "dpm-solver" or "heun-euler" (see
-                `flow.updates`), which know the path; or "auto": DDIM on a curved path, else Euler.
+            method: as in `solve.ode`; "ddim", "edm", "reinterpolate", "reinterpolate-heun", "dpm-solver" or "heun-euler"
+                (see `flow.updates`), which know the path; or "auto": DDIM on a curved path, else Euler.
             grid, shift: spacing of the steps, see `make_grid`.
             condition, guidance, transforms: what changes the field.
             before_step, after_step, observe: hooks, see `solve.ode`.
