@@ -98,6 +98,6 @@ def straighten_compare(
     )
     print(result.table().text())
     for number, row in result.best().items():
-        print(f"best at {number} evaluations: {row.arm} ({row.sampler}), Frechet distance {row.frechet.value:.4g}")
+        print(f"best with {number} evaluations: {row.arm} ({row.sampler}), Frechet distance {row.frechet.value:.4g}")
     print(write_page(result, out))
     return 0

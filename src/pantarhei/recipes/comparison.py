@@ -39,7 +39,7 @@ from pantarhei.straighten.rectified_flow_plus_plus import linear_student
 from pantarhei.training import FlowTask, Optimization, train
 
 PAIR_SHARE = 0.4  # of the budget, at most, that goes into pairs
-ROUNDS_OF_PAIRS = 20  # more pairs than are seen so often in training are not made
+TRIAL = 3.0  # seconds in which the time of an iteration is measured
 Sampler = Callable[[Flow, int], dict[str, Any]]
 
 
@@ -192,7 +192,7 @@ def compare(
     judge = Judge(teacher, reference, budget.solver, count, seed, conditions, batch)
     rows: list[Row] = []
     for arm_name, sampler, number, (flow, how) in _free_arms(teacher, evaluations, seed, budget.solver.guidance, judge):
-        rows.append(judge.row(arm_name, sampler, number, flow, how, 0.0, out))
+        rows.append(judge.row(arm_name, sampler, number, flow, how, 0.0, out, _evaluations(how)))
         say(f"{arm_name}, {sampler}, {number} evaluations: Frechet distance {rows[-1].frechet.value:.4g}")
     pairs, pair_minutes = None, 0.0
     if any(arm.pairs and arm.applies(teacher) is None for arm in arms):
@@ -208,8 +208,8 @@ def compare(
         student, used = _trained(arm, teacher, pairs, folder, budget, charged, seed, loop, say)
         for sampler in arm.samplers:
             for number in evaluations:
-                if sampler == "reinterpolate" and number == 1:
-                    continue  # one step is the same for all rules
+                if sampler == "reinterpolate" and number <= 2:
+                    continue  # the start noise is the present one in the first step, and the last step needs none
                 options = {"steps": number, "method": sampler, "final": clean_end(student)}
                 rows.append(judge.row(arm.name, sampler, number, student, options, charged + used, out))
                 say(f"{arm.name}, {sampler}, {number} evaluations: Frechet distance {rows[-1].frechet.value:.4g}")
@@ -220,6 +220,7 @@ def compare(
         "budget_minutes": budget.minutes,
         "pairs": 0 if pairs is None else len(pairs),
         "pair_minutes": pair_minutes,
+        "evaluations": list(evaluations),
         "count": count,
         "seed": seed,
         "skipped": skipped,
@@ -259,7 +260,14 @@ def _free_arms(
             yield "tuned grid", "ddim", number, (moved, {"steps": grid, "method": "ddim", **clean})
         if number > 2:
             steps = (number + 1) // 2
-            yield "Heun (EDM)", "edm", 2 * steps - 1, (teacher, {"steps": steps, "method": "edm", **clean})
+            yield "Heun (EDM)", "edm", number, (teacher, {"steps": steps, "method": "edm", **clean})
+
+
+def _evaluations(options: dict[str, Any]) -> int:
+    """Evaluations of a sample with a clean end: one a step, but two a step of Heun's method before the last."""
+    steps = options["steps"]
+    count = steps if isinstance(steps, int) else len(steps) - 1
+    return 2 * count - 1 if options["method"] == "edm" else count
 
 
 def _levels(flow: Flow, steps: int) -> str:
@@ -342,16 +350,18 @@ def _trained(
 
 
 def _seconds_an_iteration(task: FlowTask, budget: Budget, seed: int, loop: dict[str, Any]) -> float:
-    """By a short trial in a folder that is thrown away."""
+    """By a trial of some seconds in a folder that is thrown away."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = {**loop, "batch": budget.batch, "seed": seed}
         options |= {"tensorboard": False, "progress": False}
-        train(task, Path(folder) / "warm", iterations=2, **options)
         began = time.monotonic()
-        train(task, Path(folder) / "timed", iterations=8, **options)
-        return (time.monotonic() - began) / 8
+        train(task, Path(folder) / "warm", iterations=3, **options)
+        trial = max(5, int(3 * TRIAL / (time.monotonic() - began)))
+        began = time.monotonic()
+        train(task, Path(folder) / "timed", iterations=trial, **options)
+        return (time.monotonic() - began) / trial
 
 
 def _check_setting(path: Path, setting: dict[str, Any]) -> None:

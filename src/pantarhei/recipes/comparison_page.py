@@ -19,7 +19,7 @@ def write_page(result: Comparison, out: Path) -> Path:
         "All methods that apply to this teacher, within one budget, beside what needs no training.",
     )
     best = result.best()
-    page.facts({f"best at {n} NFE": row.arm for n, row in best.items() if n in (1, 2, 4, 8)})
+    page.facts({f"best with {n} NFE": row.arm for n, row in best.items()})
     page.heading("Quality against evaluations")
     series = {}
     for arm, sampler in dict.fromkeys((r.arm, r.sampler) for r in result.rows):
@@ -34,9 +34,9 @@ def write_page(result: Comparison, out: Path) -> Path:
     page.table(result.table())
     for number in (1, 4):
         pictures = {
-            f"{r.arm} ({r.sampler})": _image(out / "rows" / f"{file_name(f'{r.arm} {r.sampler} {r.evaluations}')}.png")
+            f"{r.arm} ({r.sampler})": _image(out / "rows" / f"{file_name(f'{r.arm} {r.sampler} {r.asked}')}.png")
             for r in result.rows
-            if r.evaluations == number
+            if r.asked == number
         }
         found = {name: picture for name, picture in pictures.items() if picture is not None}
         if found:
@@ -53,7 +53,10 @@ def write_page(result: Comparison, out: Path) -> Path:
         "Students learn from the teacher's samples alone (phased: from the data it was trained on as well).",
     ]
     page.text("\n\n".join(lines))
-    text = f"# {about['teacher']}: comparison\n\n{result.table().markdown()}\n"
+    page.heading("Everything measured")
+    page.table(result.details())
+    tables = f"{result.table().markdown()}\n\n{result.details().markdown()}"
+    text = f"# {about['teacher']}: comparison\n\n{tables}\n"
     (out / "comparison.md").write_text(text, encoding="utf-8")
     return Path(page.save(out / "comparison.html"))
 

@@ -27,7 +27,8 @@ class Row:
 
     Attributes:
         arm, sampler: what it is.
-        evaluations: of the network, for a sample.
+        asked: number of evaluations that it was allowed.
+        evaluations: that it took, for a sample.
         frechet: distance to the training data in the extractor's features, with its 95 % interval.
         recall: share of the data within reach of the samples.
         gap: mean squared distance per element to the teacher's own samples of the same noise.
@@ -36,6 +37,7 @@ class Row:
 
     arm: str
     sampler: str
+    asked: int
     evaluations: int
     frechet: Interval
     recall: float
@@ -63,29 +65,37 @@ class Comparison:
     about: dict[str, Any]
 
     def table(self) -> Table:
-        """For people."""
-        rows: list[tuple[Any, ...]] = [
-            (r.arm, r.sampler, r.evaluations, r.frechet, r.recall, r.gap, "-" if not r.minutes else f"{r.minutes:.1f}")
-            for r in self.rows
-        ]
-        rows.append(("teacher", "its own", self.teacher_evaluations, self.teacher, "-", 0.0, "-"))
-        rows.append(("held-out data", "-", "-", self.floor, "-", "-", "-"))
-        columns = ("method", "sampler", "NFE", "Frechet distance", "recall", "gap to teacher", "minutes")
+        """For people: one row a method and sampler, one column a number of evaluations."""
+        asked = sorted({r.asked for r in self.rows})
+        rows: list[tuple[Any, ...]] = []
+        for arm, sampler in dict.fromkeys((r.arm, r.sampler) for r in self.rows):
+            own = {r.asked: r for r in self.rows if (r.arm, r.sampler) == (arm, sampler)}
+            minutes = next(iter(own.values())).minutes
+            cells = [own[n].frechet if n in own else "-" for n in asked]
+            rows.append((arm, sampler, *cells, f"{minutes:.1f}" if minutes else "-"))
+        wide = len(asked) - 1
+        rows.append((f"teacher, {self.teacher_evaluations} NFE", "its own", *["-"] * wide, self.teacher, "-"))
+        rows.append(("held-out data", "-", *["-"] * wide, self.floor, "-"))
+        columns = ("method", "sampler", *(f"{n} NFE" for n in asked), "minutes")
         caption = (
-            f"{self.about['count']:,} samples from the same noise for every row. Features: {self.extractor}. Brackets: 95 % "
-            f"subsampling interval. Budget of a trained method: {self.about['budget_minutes']:g} minutes with its "
-            f"{self.about['pairs']:,} pairs, whose making each is charged for. NFE: network evaluations a sample. Gap: mean "
-            "squared distance to the teacher's own sample of the same noise."
+            f"Frechet distance (less is better) of {self.about['count']:,} samples from the same noise in every cell. "
+            f"Features: {self.extractor}. Brackets: 95 % subsampling interval. Budget of a trained method: "
+            f"{self.about['budget_minutes']:g} minutes with its {self.about['pairs']:,} pairs, whose making each is charged "
+            "for. NFE: network evaluations a sample (of Heun's method one less)."
         )
         return Table(columns, rows, caption)
 
+    def details(self) -> Table:
+        """Every row with all that was measured."""
+        rows = [(r.arm, r.sampler, r.evaluations, r.frechet, r.recall, r.gap) for r in self.rows]
+        columns = ("method", "sampler", "NFE", "Frechet distance", "recall", "gap to teacher")
+        caption = "Gap: mean squared distance per element to the teacher's own sample of the same noise."
+        return Table(columns, rows, caption)
+
     def best(self) -> dict[int, Row]:
-        """The row of least Frechet distance at each number of evaluations asked for."""
-        found: dict[int, Row] = {}
-        for row in self.rows:
-            if row.evaluations not in found or row.frechet.value < found[row.evaluations].frechet.value:
-                found[row.evaluations] = row
-        return dict(sorted(found.items()))
+        """The row of least Frechet distance for each number of evaluations that was asked for."""
+        asked = dict.fromkeys(r.asked for r in self.rows)
+        return {n: min((r for r in self.rows if r.asked == n), key=lambda r: r.frechet.value) for n in asked}
 
 
 class Judge:
@@ -139,17 +149,25 @@ class Judge:
         return torch.cat([self.teacher.decode(part.to(device)).float().cpu() for part in x.split(self.batch)])
 
     def row(
-        self, arm: str, sampler: str, number: int, flow: Flow, options: dict[str, Any], minutes: float, out: Path
+        self,
+        arm: str,
+        sampler: str,
+        asked: int,
+        flow: Flow,
+        options: dict[str, Any],
+        minutes: float,
+        out: Path,
+        evaluations: int | None = None,
     ) -> Row:
         """One row, kept in `out`/rows."""
-        path = out / "rows" / f"{file_name(f'{arm} {sampler} {number}')}.json"
+        path = out / "rows" / f"{file_name(f'{arm} {sampler} {asked}')}.json"
         if path.is_file():
             kept = read_json(path)
             return Row(**{**kept, "frechet": Interval(*kept["frechet"])})
         x = self.sample(flow, options)
         frechet, recall = self.score(x)
         gap = float((x - self.wanted).double().square().mean())
-        found = Row(arm, sampler, number, frechet, recall, gap, minutes)
+        found = Row(arm, sampler, asked, evaluations or asked, frechet, recall, gap, minutes)
         if (x.ndim == 4 and x.shape[1] in (1, 3)) or self.teacher.codec is not None:
             save_image_grid(self._decoded(x[:32]), path.with_suffix(".png"))
         write_json(path, {**asdict(found), "frechet": list(frechet)})

@@ -52,13 +52,14 @@ def curves(
     with styled():
         figure, (axes,) = new_figure(*size)
         ticks: set[float] = set()
-        for (name, (x, y)), colour in zip(series.items(), _colours(len(series)), strict=True):
+        for number, ((name, (x, y)), colour) in enumerate(zip(series.items(), _colours(len(series)), strict=True)):
             x_values = _numbers(x)
             if len(x_values) != len(y):
                 raise ValueError(f"series[{name!r}] has {len(x_values)} x and {len(y)} y; both must have one length")
             middle, low, high = _with_ends(y)
             dots = len(x_values) <= 25 if markers is None else markers
-            axes.plot(x_values, middle, color=colour, marker="o" if dots else None, label=name)
+            line = ("-", "--", ":")[number // len(COLOURS) % 3]  # colours come again, dashed
+            axes.plot(x_values, middle, line, color=colour, marker="o" if dots else None, label=name)
             if low != high:
                 axes.fill_between(x_values, low, high, color=colour, alpha=0.16, linewidth=0)
             ticks.update(x_values)
