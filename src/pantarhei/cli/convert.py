@@ -8,7 +8,8 @@ from typing import Any, Literal
 import tyro
 
 from pantarhei.cli.opening import read_checkpoint
-from pantarhei.interop import edm, load, score_sde, sit
+from pantarhei.flow import Flow
+from pantarhei.interop import diffusers_write, edm, load, score_sde, sit
 from pantarhei.interop.loading import find_checkpoint
 from pantarhei.training import Run
 from pantarhei.training.runs import CONFIG
@@ -17,42 +18,62 @@ from pantarhei.training.runs import CONFIG
 def convert(
     source: tyro.conf.Positional[Path],
     out: Path,
-    to: Literal["pantarhei", "score-sde", "sit", "sit-train", "edm", "edm-train"] = "pantarhei",
+    to: Literal["pantarhei", "score-sde", "sit", "sit-train", "edm", "edm-train", "diffusers"] = "pantarhei",
     weights: Literal["average", "raw"] = "average",
     size: int | None = None,
     heads: int | None = None,
     rectified: int | None = None,
     distilled: int | None = None,
+    base: Path | None = None,
+    guidance: float | None = None,
+    steps: int | None = None,
+    complete: bool = False,
     checkpoint: str = "newest",
 ) -> int:
     """Turn a published checkpoint into a folder of ours, or a run or folder of ours into a published layout.
 
     Args:
-        source: a checkpoint file (`checkpoint_8.pth`, `SiT-XL-2-256.pt`, `edm-cifar10-32x32-uncond-ve.pkl`), a run, or a
-            folder with `flow.json`.
-        out: folder to write (pantarhei), or file (the others).
-        to: layout to write: ours, that of score_sde (rectified flow), SiT's, or that of rectified flow++
-            for EDM's networks (the last two: bare weights, or as their training saves).
+        source: a checkpoint file (`checkpoint_8.pth`, `SiT-XL-2-256.pt`, `edm-cifar10-32x32-uncond-ve.pkl`, `rd.ckpt`), a
+            run, a folder with `flow.json`, or a folder of diffusers.
+        out: folder to write (pantarhei, diffusers), or file (the others).
+        to: layout to write: ours, that of score_sde (rectified flow), SiT's, that of rectified flow++ for EDM's networks
+            (the last two: bare weights, or as their training saves), or a folder of diffusers.
         weights: of a checkpoint or run: the moving average, or the raw weights.
         size: side of the images of a score_sde checkpoint whose attention does not sit at side 16.
         heads: attention heads of a SiT checkpoint that is of no published size.
         rectified: how many reflow rounds a checkpoint went through, which its file does not say; 0 for 1-rectified flow and
             for EDM's own. Score, SDE and likelihood of a score_sde checkpoint are refused where this is left out.
         distilled: steps that a checkpoint was distilled to, where it was.
+        base: folder of the pipeline that the bare weights of a diffusers model (`rd.ckpt`, `phased.ckpt`) belong to.
+        guidance, steps: to diffusers: what its model card recommends; by default what the flow's notes say.
+        complete: to diffusers: copy tokenizers, text encoders and autoencoder of the teacher's pipeline too.
         checkpoint: of a run: newest, best or an iteration.
     """
+    if to != "diffusers" and (complete or guidance is not None or steps is not None):
+        raise ValueError(f"--guidance, --steps, --complete: go with --to diffusers, got --to {to}")
+    if guidance is not None and not guidance >= 0:
+        raise ValueError(f"--guidance: must not be negative, got {guidance:g}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps: must be at least 1, got {steps}")
     told = {"size": size, "heads": heads, "rectified": rectified, "distilled": distilled}
     told = {name: value for name, value in told.items() if value is not None}
     overrides: dict[str, Any] = told if source.is_file() else {"checkpoint": read_checkpoint(checkpoint)}
     if not source.is_file() and told:
         raise ValueError("--size, --heads, --rectified, --distilled: only a checkpoint file needs them")
+    if base is not None:
+        if not source.is_file():
+            raise ValueError("--base: only a file of bare weights needs it; a folder says itself where its parts are")
+        overrides["base"] = base
     averaged = weights == "average"
-    flow = load(source, averaged=averaged, **overrides)
-    if to == "pantarhei":
+    if to in ("pantarhei", "diffusers"):
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out: {out} is a file; give a folder")
         if (out / CONFIG).is_file():
             raise ValueError(f"--out: {out} is a run; choose another folder")
+    flow = _opened(source, averaged, overrides)
+    if to == "diffusers":
+        return _to_diffusers(flow, source, out, guidance, steps, complete)
+    if to == "pantarhei":
         flow.save_pretrained(out)
         print(f"{source} -> {out}: {sum(p.numel() for p in flow.network.parameters()):,} parameters")
         print(f"next: pantarhei sample {out} --count 16 --out samples")
@@ -78,3 +99,26 @@ def convert(
         sit.write(flow, out, raw=raw, layout="train" if to == "sit-train" else "weights")
     print(f"{source} -> {out}")
     return 0
+
+
+def _to_diffusers(
+    flow: Flow, source: Path, out: Path, guidance: float | None, steps: int | None, complete: bool
+) -> int:
+    """Write a folder of diffusers, and say how its samples are drawn."""
+    notes = flow.provenance.notes
+    steps = steps or notes.get("steps") or notes.get("sampling_steps")
+    diffusers_write.write(flow, out, guidance=guidance, steps=steps, complete=complete)
+    print(f"{source} -> {out}; its README.md says with which scheduler, guidance and steps it samples")
+    print(f"next: pantarhei sample {out} --count 4 --out samples" + (" --prompt TEXT" if flow.conditions else ""))
+    return 0
+
+
+def _opened(source: Path, averaged: bool, told: dict[str, Any]) -> Flow:
+    """The flow; what its kind of file has no use for is refused."""
+    try:
+        return load(source, averaged=averaged, **told)
+    except TypeError as error:
+        name = str(error).rpartition("unexpected keyword argument ")[2].strip("'")
+        if name not in told:
+            raise
+        raise ValueError(f"--{name}: this kind of file does not take it") from None

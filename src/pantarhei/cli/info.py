@@ -7,8 +7,11 @@ from typing import Any, get_args
 
 import tyro
 
+from pantarhei.cli.main import VERBS
+from pantarhei.cli.teachers import PairMethod
 from pantarhei.data import SERIES, TOYS
 from pantarhei.data.shards import HEADER, ShardStore
+from pantarhei.files import read_json
 from pantarhei.flow import Flow
 from pantarhei.flow.couplings import COUPLINGS
 from pantarhei.flow.fields import SETS
@@ -21,31 +24,37 @@ from pantarhei.flow.paths import PATHS
 from pantarhei.flow.predictions import PREDICTIONS
 from pantarhei.flow.pretrained import SPEC
 from pantarhei.flow.times import TIME_LAWS
+from pantarhei.flow.updates import PATH_METHODS
 from pantarhei.images import AUGMENTATIONS
-from pantarhei.interop import load
+from pantarhei.interop import diffusers, load
+from pantarhei.interop.loading import READERS
 from pantarhei.networks import CONFIGS
 from pantarhei.recipes.cards import fields_in_words, path_in_words
+from pantarhei.recipes.perceptual import MetricName
 from pantarhei.recipes.rectified_flow import PRESETS
 from pantarhei.recipes.registry import RECIPES
 from pantarhei.recipes.systems import SYSTEMS
 from pantarhei.report import Table
 from pantarhei.solve import METHODS
 from pantarhei.solve.sde import SDE_METHODS
-from pantarhei.straighten import inspect_pairs
+from pantarhei.straighten import inspect_pairs, open_pairs
+from pantarhei.straighten.rectified_diffusion import LOSSES
+from pantarhei.straighten.state_pairs import holds_states
 from pantarhei.training import Run, checkpoints
+from pantarhei.training.runs import CONFIG
 
 
 def info(path: tyro.conf.Positional[Path]) -> int:
-    """Describe a run folder, a saved flow or a pair store.
+    """Describe a run folder, a saved flow, somebody else's checkpoint, or a store of pairs.
 
     Args:
-        path: the folder.
+        path: the folder or file.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
-    if (path / HEADER).is_file():
+    if (path / HEADER).is_file() or holds_states(path):
         rows = _store(path)
-    elif (path / SPEC).is_file():
+    elif path.is_file() or (path / SPEC).is_file() or (not (path / CONFIG).is_file() and diffusers.recognise(path)):
         rows = _flow(path)
     else:
         rows = _run(path)
@@ -57,7 +66,11 @@ def list_names() -> int:
     """Print the systems and every name that options take."""
     rows: list[tuple[str, str]] = [
         ("recipes (train)", ", ".join(RECIPES)),
-        ("straighten", "reflow, distil"),
+        ("straighten", ", ".join(VERBS["straighten"])),
+        ("losses of rectified diffusion", ", ".join(LOSSES)),
+        ("distances of images", ", ".join(get_args(MetricName))),
+        ("pair methods", ", ".join(get_args(PairMethod))),
+        ("files of others", ", ".join(READERS)),
         ("presets", ", ".join(PRESETS)),
         ("data", f"digits, a folder or zip of images, CIFAR-10 files, parquet, hf:NAME, {', '.join(TOYS)}"),
         ("series", f"FILE.npy, FILE.safetensors, {', '.join(SERIES)}"),
@@ -71,7 +84,7 @@ def list_names() -> int:
         ("observations", ", ".join(OBSERVATIONS)),
         ("time laws", ", ".join(TIME_LAWS)),
         ("couplings", ", ".join(COUPLINGS)),
-        ("methods", ", ".join(METHODS)),
+        ("methods", ", ".join([*METHODS, *PATH_METHODS])),
         ("stochastic methods", ", ".join(SDE_METHODS)),
         ("forms of epsilon", ", ".join(get_args(NoiseForm))),
         ("grids", ", ".join([*WARPS, "logsnr", "karras"])),
@@ -120,11 +133,14 @@ def _score(flow: Flow) -> str:
 
 
 def _store(path: Path) -> list[tuple[str, Any]]:
-    store = ShardStore(path)
+    ours = (path / HEADER).is_file()
+    pairs = not ours or read_json(path / HEADER).get("kind") == "pairs"
+    store: Any = open_pairs(path) if pairs else ShardStore(path)
     missing = store.missing()
     rows: list[tuple[str, Any]] = [(key, str(value)) for key, value in store.header.items() if key != "flow"]
-    rows.append(("missing shards", f"{len(missing)} of {store.shards}"))
-    if not missing and store.header.get("kind") == "pairs":
+    if ours:
+        rows.append(("missing shards", f"{len(missing)} of {ShardStore(path).shards}"))
+    if pairs and not missing:
         found = inspect_pairs(store)
         rows += [
             ("x0 mean, deviation", f"{found.source_mean:.3f}, {found.source_std:.3f}"),

@@ -60,8 +60,9 @@ def data_of(run: Path) -> tuple[Source, Source]:
 
 
 def default_steps(flow: Flow) -> int:
-    """Steps that a distilled flow was made for; 50 for others."""
-    return int(flow.provenance.notes.get("steps", 50))
+    """Steps that a distilled flow was made for, the phases of a phased one; 50 for others."""
+    notes = flow.provenance.notes
+    return int(notes.get("steps", notes.get("sampling_steps", 50)))
 
 
 def read_input(path: Path, flow: Flow, count: int, keys: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:

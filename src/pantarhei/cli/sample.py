@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from pantarhei.flow.flow import Final
 from pantarhei.flow.noise_amounts import NoiseForm
 from pantarhei.flow.numbered import Conditions, join, numbered_conditions, numbered_samples, path_noise
 from pantarhei.flow.stochastic import LastStep
+from pantarhei.recipes.pipelines import Prompts, open_prompts, tokenizer_of
 
 Method = Literal[
     "auto",
@@ -103,10 +105,12 @@ class Stochastic:
 def sample(
     run: tyro.conf.Positional[Path],
     out: Path,
-    count: int = 64,
+    count: int | None = None,
     steps: int | None = None,
     method: Method = "auto",
     label: int | None = None,
+    prompt: tuple[str, ...] = (),
+    prompts: Path | None = None,
     guidance: float = 1.0,
     shift: float = 1.0,
     final: Final = "auto",
@@ -121,17 +125,20 @@ def sample(
 ) -> int:
     """Write `samples.png` (a grid) and `samples.safetensors` (`x` float32, `x0`, and `label` where there is one).
 
-    A flow between two data sets starts from held-out items of the first, or from `--input`.
+    A flow between two data sets starts from held-out items of the first, or from `--input`; one that reads prompts needs
+    `--prompt` or `--prompts`, of which sample i takes number i, again from the first after the last.
 
     Args:
-        run: a run folder or a saved flow.
+        run: a run folder, a saved flow, or somebody else's checkpoint or pipeline.
         out: folder to write into.
-        count: number of samples.
-        steps: sampling steps; 50, or what a distilled flow was made for.
+        count: number of samples: 64, or one a prompt.
+        steps: sampling steps; 50, what a distilled flow was made for, or the phases of a phased one.
         method: of the sampler. auto is euler on straight paths and ddim on those of diffusion models; reinterpolate (with
             the noise it started from) suits straightened flows in 2 to 5 steps; dpm-solver and edm are made for diffusion
             models. Each step of heun, edm and midpoint costs two evaluations, of rk4 four.
         label: class of all samples; drawn evenly where it is left out.
+        prompt: what to draw, one text or several.
+        prompts: a text file with a prompt a line, or a folder of texts.
         guidance: classifier-free guidance scale; 1 is none.
         shift: resolution shift of the time grid; above 1 spends more steps near the noise.
         final: denoise ends with one more evaluation where noise is left, state does not, clean ends with the last step's
@@ -147,8 +154,11 @@ def sample(
         checkpoint: newest, best or an iteration.
         device: where to run.
     """
-    _check(count, batch, steps)
+    _check(1 if count is None else count, batch, steps)
     flow = open_flow(run, checkpoint, device)
+    texts = _prompts(flow, prompt, prompts)
+    if count is None:
+        count = len(texts) if texts is not None else 64
     if flow.provenance.notes.get("direction"):
         raise ValueError("this flow was distilled to run from data to source; use pantarhei invert")
     sde = noise.wanted or flow.stochastic
@@ -165,19 +175,22 @@ def sample(
         if not flow.interval[0] > 0:
             raise ValueError("--published-grid: is for networks trained from a first time on, such as 0.001")
         options["transforms"] = [Stretched(1 / (1 - flow.interval[0]))]
-    conditions = _conditions(run, flow, label)
+    conditions = _in_turn(flow, texts) if texts is not None else _conditions(run, flow, label)
     began = time.monotonic()
     with counted_calls(flow) as calls:
         if input is None:
             found = join(numbered_samples(flow, range(count), seed=seed, conditions=conditions, batch=batch, **options))
         else:
             x0, given = read_input(input, flow, count, ("x0", "x"))
-            found = _from_input(flow, x0, given, conditions, batch, options, seed if sde else None)
+            named = None if conditions is None else numbered_conditions(flow, seed, conditions)
+            found = _from_input(flow, x0, given, named, batch, options, seed if sde else None)
     evaluations = calls[0] / -(-len(found["x1"]) // batch)
     seconds = time.monotonic() - began
     x = found["x1"]
     settings = {"run": run, "seed": seed, **options, **(vars(noise) if sde else {})}
     metadata = {k: str(v) for k, v in settings.items()}
+    if texts is not None:
+        metadata["prompts"] = json.dumps([texts.prompts[i % len(texts)] for i in range(len(x))])
     write_tensors(out / "samples.safetensors", {"x": x, **{k: v for k, v in found.items() if k != "x1"}}, metadata)
     save_picture(x, out / "samples.png", f"{len(x)} samples")
     if not getattr(flow.source, "gaussian", False):
@@ -264,6 +277,32 @@ def _check(count: int, batch: int, steps: int | None) -> None:
         raise ValueError(f"--count, --batch: must be at least 1, got {count} and {batch}")
     if steps is not None and steps < 1:
         raise ValueError(f"--steps: must be at least 1, got {steps}")
+
+
+def _prompts(flow: Flow, given: tuple[str, ...], where: Path | None) -> Prompts | None:
+    """The texts to draw; None for a flow that reads none.
+
+    Raises:
+        ValueError: it reads some and there are none, or the other way round, or both kinds are given.
+    """
+    reads = "tokens" in flow.conditions
+    if given and where is not None:
+        raise ValueError("--prompt, --prompts: give one of the two")
+    if reads and not given and where is None:
+        raise ValueError("--prompt: this flow reads prompts; give --prompt TEXT, or --prompts with a file of them")
+    if not reads and (given or where is not None):
+        raise ValueError(
+            f"--prompt: this flow reads no prompts; its conditions: {', '.join(flow.conditions) or 'none'}"
+        )
+    if where is not None:
+        return open_prompts(flow, where)
+    return Prompts(given, tokenizer_of(flow), "--prompt") if given else None
+
+
+def _in_turn(flow: Flow, texts: Prompts) -> Conditions:
+    """Sample i is of prompt i, modulo their number."""
+    tokenize = tokenizer_of(flow)
+    return lambda numbers: {"tokens": tokenize([texts.prompts[i % len(texts)] for i in numbers])}
 
 
 def _conditions(run: Path, flow: Flow, label: int | None) -> Conditions | Source | None:

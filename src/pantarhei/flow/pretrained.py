@@ -88,5 +88,6 @@ def fingerprint(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().tobytes())
+        flat = value.detach().cpu().contiguous().reshape(-1)  # a single number has no dimension to view as bytes
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -15,7 +15,6 @@ from pantarhei.flow.times import UShaped
 from pantarhei.report import save_image_grid
 from pantarhei.reproduce.claims import Settings
 from pantarhei.reproduce.rectified_flow_plus_plus.setups import (
-    ARMS,
     Judge,
     Setup,
     adam,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pantarhei.reproduce.claims import Settings
-from pantarhei.reproduce.rectified_flow_plus_plus.setups import ARMS, data_distance, setup, student
-from pantarhei.straighten import huber_transition
 from pantarhei.flow import PseudoHuber
+from pantarhei.reproduce.claims import Settings
+from pantarhei.reproduce.rectified_flow_plus_plus.setups import data_distance, setup, student
+from pantarhei.straighten import huber_transition
 
 
 def ring(settings: Settings) -> dict[str, float]:

@@ -6,7 +6,6 @@ import tempfile
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pantarhei.data.seeds import generator as seeded
 from pantarhei.flow import Flow, evaluation_mode
@@ -16,7 +15,6 @@ from pantarhei.reproduce.claims import Settings
 from pantarhei.reproduce.rectified_flow.colours import photographs
 from pantarhei.reproduce.rectified_flow_plus_plus.setups import (
     DATA,
-    SIZES,
     STRAIGHT,
     Data,
     Setup,
@@ -26,7 +24,8 @@ from pantarhei.reproduce.rectified_flow_plus_plus.setups import (
     student,
 )
 from pantarhei.reproduce.training import run
-from pantarhei.straighten import PairSource, linear_student, make_pairs, plus_plus_task
+from pantarhei.straighten import PairSource, make_pairs, plus_plus_task
+from pantarhei.straighten.rectified_flow_plus_plus import linear_student
 
 
 @torch.no_grad()
@@ -171,10 +170,8 @@ def profile(settings: Settings) -> dict[str, float]:
     for data in DATA:
         made = setup(data, settings)
         flow = student(data, "A", settings)
-        scale = 1 / SIZES[data].shape[-1] if data == "ring" else 1 / 64
-        losses = [scale * squared_loss(flow, made.x0, made.goal, t) for t in times]
-        ends, middle = (losses[0] + losses[-1]) / 2, min(losses[8:12])
-        middle = sum(losses[8:12]) / 4
+        losses = [squared_loss(flow, made.x0, made.goal, t) / made.goal[0].numel() for t in times]
+        ends, middle = (losses[0] + losses[-1]) / 2, sum(losses[8:12]) / 4
         found |= {f"{data}_noise_end": losses[0], f"{data}_data_end": losses[-1], f"{data}_middle": middle}
         found[f"{data}_ends_over_middle"] = ends / middle
         found[f"{data}_lower_end_over_middle"] = min(losses[0], losses[-1]) / middle

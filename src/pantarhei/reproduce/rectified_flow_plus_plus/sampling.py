@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pantarhei.data.seeds import generator as seeded
 from pantarhei.flow import Flow, on_path
-from pantarhei.report import figures as draw
 from pantarhei.report import save_image_grid
 from pantarhei.reproduce.claims import Settings
-from pantarhei.reproduce.rectified_flow_plus_plus.setups import DATA, Judge, data_distance, setup, student
+from pantarhei.reproduce.rectified_flow_plus_plus.setups import DATA, Data, Setup, data_distance, setup, student
 from pantarhei.straighten import Reconstruction, reconstruct, tuned_grid
-from pantarhei.straighten.editing import decode, invert_quickly
+from pantarhei.straighten.editing import invert_quickly
 
 HALF = 0.5
 
@@ -36,7 +33,7 @@ def update_rule(settings: Settings) -> dict[str, float]:
     return found
 
 
-def _by_distance(made: Any, data: Any, settings: Settings) -> dict[str, float]:
+def _by_distance(made: Setup, data: Data, settings: Settings) -> dict[str, float]:
     """The same by the distance to the data."""
     flow = student(data, "D", settings, HALF)
     found = {}
