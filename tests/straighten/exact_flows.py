@@ -15,7 +15,7 @@ SCALE, SHIFT = (0.7, 1.6), (1.0, -0.5)
 class FirstOrder(nn.Module):
     """The noise x0 in x_t when x1 = a x0 + b: first-order on any path, so one step goes anywhere on it exactly.
 
-    With `classes`, b of the class c is shifted by c.
+    With `classes`, b of the class c is shifted by c. As "edm" it sees scaled states and noise labels (sigma_data = 0.5).
     """
 
     def __init__(self, path, predicts="noise", classes=0):
@@ -25,8 +25,13 @@ class FirstOrder(nn.Module):
         self.register_buffer("b", torch.tensor(SHIFT, dtype=torch.float64))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        c = self.path.at(t, x)
         b = self.b.to(x) if label is None else self.b.to(x) + label[:, None].to(x)
+        if self.predicts == "edm":
+            sigma = torch.exp(4 * t)[:, None].to(x)
+            q = torch.sqrt(sigma**2 + 0.25)
+            noise = (x * q - b) / (self.a.to(x) + sigma)
+            return (sigma * (self.a.to(x) * noise + b) - 0.25 * noise) / (0.5 * q)
+        c = self.path.at(t, x)
         noise = (x - c.alpha * b) / (c.alpha * self.a.to(x) + c.sigma)
         data = self.a.to(x) * noise + b
         if self.predicts == "velocity":
@@ -38,6 +43,12 @@ def goal(x0: Tensor, label: Tensor | None = None) -> Tensor:
     """What `FirstOrder` carries x0 to."""
     x1 = torch.tensor(SCALE).to(x0) * x0 + torch.tensor(SHIFT).to(x0)
     return x1 if label is None else x1 + label[:, None].to(x0)
+
+
+def arrival(flow: Flow, x0: Tensor) -> Tensor:
+    """Where a first-order flow carries unit draws: it starts from sigma x0, in which it may see some data already."""
+    start = torch.tensor(flow.interval[0], dtype=torch.float64)
+    return goal(FirstOrder(flow.path)(flow.path.sigma(start).to(x0) * x0, start.expand(len(x0))))
 
 
 def first_order_flow(path="linear", predicts="noise", classes=0):
@@ -78,8 +89,8 @@ class MixtureEnds(nn.Module):
 
 
 def mixture_flow(path="linear", predicts="velocity", target=None, **options):
-    network = MixtureEnds(target or ring(), path, predicts)
-    if predicts == "velocity" and path == "linear":
+    network: nn.Module = MixtureEnds(target or ring(), path, predicts)
+    if predicts == "velocity" and path == "linear":  # regular at the data end too
         network = MixtureField(target or ring(), path=Linear())
     return Flow(network, path=path, predicts=predicts, shape=(2,), **options)
 

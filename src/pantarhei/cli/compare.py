@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
@@ -12,7 +11,7 @@ from pantarhei.cli.train import Machines
 from pantarhei.recipes.comparison import Budget, compare
 from pantarhei.recipes.comparison_page import write_page
 from pantarhei.recipes.evaluation import make_reference
-from pantarhei.recipes.perceptual import MetricName, build_metric
+from pantarhei.recipes.perceptual import PerceptualName, build_metric
 from pantarhei.straighten import Solver
 
 
@@ -30,7 +29,7 @@ def straighten_compare(
     pair_steps: int = 17,
     max_pairs: int = 200_000,
     guidance: float = 1.0,
-    perceptual: Literal["none"] | MetricName = "none",
+    perceptual: PerceptualName = "none",
     vgg: Path | None = None,
     lpips: Path | None = None,
     inception: Path | None = None,

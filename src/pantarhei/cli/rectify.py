@@ -7,23 +7,12 @@ from typing import Any, Literal
 
 import tyro
 
-from pantarhei.cli.teachers import (
-    Additions,
-    Learning,
-    Pairing,
-    Teacher,
-    Teaching,
-    open_teacher,
-    pairs_of,
-    say_gaps,
-    train_student,
-)
-from pantarhei.cli.train import Keeping, Machines, check_new
+from pantarhei.cli.teachers import Learning, Pairing, Student, Teacher, pairs_of, say_gaps, train_student
+from pantarhei.cli.train import Keeping, Machines
 from pantarhei.flow import PseudoHuber
 from pantarhei.flow.metrics import Premetric
 from pantarhei.flow.times import UShaped, build_time_law
-from pantarhei.interop import load
-from pantarhei.recipes.perceptual import MetricName, build_metric
+from pantarhei.recipes.perceptual import PerceptualName, build_metric
 from pantarhei.recipes.rectified_flow import TimesName
 from pantarhei.straighten import (
     MixedPairs,
@@ -42,20 +31,15 @@ from pantarhei.training import FlowTask
 def straighten_rfpp(
     teacher: tyro.conf.Positional[Path],
     out: Path,
-    perceptual: Literal["none"] | MetricName = "none",
+    perceptual: PerceptualName = "none",
     vgg: Path | None = None,
     lpips: Path | None = None,
     divided: bool = True,
     huber: float = 0.00054,
     ushape: float = 4.0,
-    start: Path | None = None,
     real_share: float = 0.0,
-    teaching: Teaching = Teaching(),
-    additions: Additions = Additions(),
     pairing: Pairing = Pairing(pair_steps=17),
-    learning: Learning = Learning(),
-    machines: Machines = Machines(),
-    keeping: Keeping = Keeping(),
+    student: Student = Student(),
 ) -> int:
     """Rectified flow++: one round on the teacher's pairs, from its weights, with U-shaped times and a robust loss.
 
@@ -71,24 +55,18 @@ def straighten_rfpp(
         divided: divide the perceptual distance by the noise level (the paper's best setting on CIFAR-10).
         huber: transition c of the pseudo-Huber loss, as a multiple of the number of values of a sample.
         ushape: a of the U-shaped law of times; 0 is uniform.
-        start: a student to go on from (a run), instead of the teacher.
         real_share: share of real data, inverted by the teacher, in the pairs; 1 takes no others.
-        teaching: what is known of the teacher.
-        additions: low-rank training.
         pairing: the teacher's pairs.
-        learning: how the student learns.
-        machines: where it runs.
-        keeping: what is kept on the way.
+        student: what it starts from, how it learns, where it runs.
     """
-    check_new(out, learning.resume)
     if ushape < 0 or not huber > 0:
         raise ValueError(f"--ushape, --huber: must not be negative, got {ushape:g} and {huber:g}")
     if not 0 <= real_share <= 1:
         raise ValueError(f"--real-share: must lie in 0 to 1, got {real_share:g}")
-    opened = open_teacher(teacher, machines, teaching)
+    opened = student.open_teacher(teacher, out)
     flow, solver = opened.flow, pairing.solver(opened.flow)
-    metric = _perceptual(perceptual, opened, vgg, lpips, learning.seed)
-    pairs = _with_real(opened, out, pairing, solver, learning.seed, real_share)
+    metric = _perceptual(perceptual, opened, vgg, lpips, student.learning.seed)
+    pairs = _with_real(opened, out, pairing, solver, student.learning.seed, real_share)
     task = plus_plus_task(
         flow,
         pairs,
@@ -96,13 +74,10 @@ def straighten_rfpp(
         perceptual=metric,
         divided=divided,
         times=UShaped(ushape) if ushape else build_time_law("uniform"),
-        start=None if start is None else load(start).network,
-        low_rank=additions.low_rank(),
         any_teacher=pairing.any_teacher,
-        teacher=str(teacher),
-        **learning.task_options(),
+        **student.task_options(teacher),
     )
-    return _finish(task, "rectified-flow-plus-plus", out, opened, pairs, solver, learning, machines, keeping)
+    return _finish(task, "rectified-flow-plus-plus", out, opened, pairs, solver, student)
 
 
 def straighten_rectified_diffusion(
@@ -113,13 +88,8 @@ def straighten_rectified_diffusion(
     schedule: Literal["own", "linear", "scaled-linear"] = "own",
     times: Literal["own"] | TimesName = "own",
     label_dropout: float = 0.1,
-    start: Path | None = None,
-    teaching: Teaching = Teaching(),
-    additions: Additions = Additions(),
     pairing: Pairing = Pairing(),
-    learning: Learning = Learning(),
-    machines: Machines = Machines(),
-    keeping: Keeping = Keeping(),
+    student: Student = Student(),
 ) -> int:
     """Rectified diffusion: the model goes on training as it is (schedule, prediction, network) on its own pairs.
 
@@ -134,18 +104,12 @@ def straighten_rectified_diffusion(
             linear).
         times: law of the training time; own is uniform, over the numbers of a numbered schedule.
         label_dropout: how often the condition is dropped; guidance of the student needs it.
-        start: a student to go on from (a run), instead of the teacher.
-        teaching: what is known of the teacher.
-        additions: low-rank training.
         pairing: the teacher's pairs.
-        learning: how the student learns.
-        machines: where it runs.
-        keeping: what is kept on the way.
+        student: what it starts from, how it learns, where it runs.
     """
-    check_new(out, learning.resume)
-    opened = open_teacher(teacher, machines, teaching)
+    opened = student.open_teacher(teacher, out)
     flow, solver = opened.flow, pairing.solver(opened.flow)
-    pairs = pairs_of(flow, teacher, out, pairing, learning.seed, opened.conditions)
+    pairs = pairs_of(flow, teacher, out, pairing, student.learning.seed, opened.conditions)
     task = rectified_diffusion_task(
         flow,
         pairs,
@@ -154,13 +118,10 @@ def straighten_rectified_diffusion(
         schedule=None if schedule == "own" else schedule,
         times=None if times == "own" else build_time_law(times),
         dropout=label_dropout if flow.null else 0.0,
-        start=None if start is None else load(start).network,
-        low_rank=additions.low_rank(),
         any_teacher=pairing.any_teacher,
-        teacher=str(teacher),
-        **learning.task_options(),
+        **student.task_options(teacher),
     )
-    return _finish(task, "rectified-diffusion", out, opened, pairs, solver, learning, machines, keeping)
+    return _finish(task, "rectified-diffusion", out, opened, pairs, solver, student)
 
 
 def straighten_phased(
@@ -171,12 +132,7 @@ def straighten_phased(
     substeps: int = 10,
     guidance: float = 1.0,
     label_dropout: float = 0.1,
-    start: Path | None = None,
-    teaching: Teaching = Teaching(),
-    additions: Additions = Additions(),
-    learning: Learning = Learning(),
-    machines: Machines = Machines(),
-    keeping: Keeping = Keeping(),
+    student: Student = Student(),
 ) -> int:
     """Phased rectified diffusion: first-order within each of some phases, trained on real data without stored pairs.
 
@@ -190,15 +146,10 @@ def straighten_phased(
         substeps: steps of the teacher through a phase.
         guidance: of the teacher (Stable Diffusion 1.5: 3, SDXL: 7.5).
         label_dropout: how often the student's condition is dropped.
-        start: a student to go on from (a run), instead of the teacher.
-        teaching: what is known of the teacher; `--data` (or captioned pictures as `--prompts`) is what is trained on.
-        additions: low-rank training.
-        learning: how the student learns.
-        machines: where it runs.
-        keeping: what is kept on the way.
+        student: what it starts from, how it learns, where it runs; `--data` (or captioned pictures as `--prompts`) is what
+            is trained on, where the teacher's run does not name its data.
     """
-    check_new(out, learning.resume)
-    opened = open_teacher(teacher, machines, teaching)
+    opened = student.open_teacher(teacher, out)
     if opened.data is None:
         raise ValueError("--data: phases are trained on real data, which this teacher does not name; give them")
     train_set, held_out = opened.data
@@ -210,80 +161,77 @@ def straighten_phased(
         substeps=substeps,
         guidance=guidance,
         dropout=label_dropout if opened.flow.null else 0.0,
-        start=None if start is None else load(start).network,
-        low_rank=additions.low_rank(),
-        teacher=str(teacher),
-        **learning.task_options(),
+        **student.task_options(teacher),
     )
     solver = Solver("edm", 32, guidance)
-    return _finish(task, "rectified-diffusion", out, opened, None, solver, learning, machines, keeping, kind="phased")
+    return _finish(task, "rectified-diffusion", out, opened, None, solver, student, kind="phased")
 
 
-_FACES: dict[str, Any] = {
-    "pairing": Pairing(pairs=1_000_000, pair_steps=39, store="states"),
-    "learning": Learning(
-        iterations=1_000_000, batch=256, dropout=0.25, lr=2e-4, warmup=5000, decay="constant", average=0.9999
-    ),
-    "keeping": Keeping(checkpoint_every=50_000, preview_every=50_000),
-    "perceptual": "lpips",
-}
-# The published settings (configurations F, F, F and E).
+def _faces(
+    pair_steps: int = 39, pairs: int = 1_000_000, machines: Machines = Machines(), **learning: Any
+) -> dict[str, Any]:
+    """The published settings on faces, with what is different elsewhere."""
+    usual: dict[str, Any] = {"iterations": 1_000_000, "batch": 256, "dropout": 0.25, "lr": 2e-4, "warmup": 5000}
+    student = Student(
+        learning=Learning(**{**usual, **learning}, decay="constant", average=0.9999),
+        machines=machines,
+        keeping=Keeping(checkpoint_every=50_000, preview_every=50_000),
+    )
+    pairing = Pairing(pairs=pairs, pair_steps=pair_steps, store="states")
+    return {"pairing": pairing, "student": student, "perceptual": "lpips"}
+
+
+def _diffusion(iterations: int, batch: int, keep: int) -> Student:
+    """The published settings of Stable Diffusion's students."""
+    learning = Learning(iterations=iterations, batch=batch, lr=5e-6, warmup=500, decay="constant", average=0.9999)
+    keeping = Keeping(checkpoint_every=keep, preview_every=0)
+    return Student(learning=learning, machines=Machines(precision="bf16"), keeping=keeping)
+
+
+# Configurations F, F, F and E of the paper.
 straighten_rfpp.presets = {  # type: ignore[attr-defined]
-    "cifar10": {
-        **_FACES,
-        "pairing": Pairing(pairs=1_000_000, pair_steps=17, store="states"),
-        "learning": Learning(
-            iterations=800_000, batch=512, dropout=0.13, lr=2e-4, warmup=5000, decay="constant", average=0.9999
-        ),
-    },
-    "afhq64": _FACES,
-    "ffhq64": _FACES,
+    "cifar10": _faces(17, iterations=800_000, batch=512, dropout=0.13),
+    "afhq64": _faces(),
+    "ffhq64": _faces(),
     "imagenet64": {
-        **_FACES,
-        "pairing": Pairing(pairs=5_000_000, pair_steps=39, store="states"),
-        "learning": Learning(
-            iterations=700_000, batch=2048, dropout=0.1, lr=1e-4, warmup=2500, decay="constant", average=0.9999
+        **_faces(
+            *(39, 5_000_000, Machines(precision="bf16")),
+            iterations=700_000,
+            batch=2048,
+            dropout=0.1,
+            lr=1e-4,
+            warmup=2500,
         ),
-        "machines": Machines(precision="bf16"),
         "divided": False,
     },
 }
-_DIFFUSION = Learning(iterations=200_000, batch=128, lr=5e-6, warmup=500, decay="constant", average=0.9999)
 straighten_rectified_diffusion.presets = {  # type: ignore[attr-defined]
     "sd15": {
         "pairing": Pairing(pairs=1_600_000, pair_method="dpm-solver", pair_steps=25, guidance=5.0),
-        "learning": _DIFFUSION,
+        "student": _diffusion(200_000, 128, 5000),
         "schedule": "linear",
-        "machines": Machines(precision="bf16"),
-        "keeping": Keeping(checkpoint_every=5000, preview_every=0),
     },
     "sdxl": {
         "pairing": Pairing(pairs=1_600_000, pair_method="dpm-solver", pair_steps=25, guidance=7.5),
-        "learning": _DIFFUSION,
-        "machines": Machines(precision="bf16"),
-        "keeping": Keeping(checkpoint_every=5000, preview_every=0),
+        "student": _diffusion(200_000, 128, 5000),
     },
 }
 straighten_phased.presets = {  # type: ignore[attr-defined]
-    name: {
-        "guidance": guidance,
-        "learning": Learning(iterations=20_000, batch=batch, lr=5e-6, warmup=500, decay="constant", average=0.9999),
-        "machines": Machines(precision="bf16"),
-        "keeping": Keeping(checkpoint_every=1000, preview_every=0),
-    }
-    for name, guidance, batch in (("sd15", 3.0, 160), ("sdxl", 7.5, 40))
+    "sd15": {"guidance": 3.0, "student": _diffusion(20_000, 160, 1000)},
+    "sdxl": {"guidance": 7.5, "student": _diffusion(20_000, 40, 1000)},
 }
 
 
-def _perceptual(name: str, teacher: Teacher, vgg: Path | None, lpips: Path | None, seed: int) -> Premetric | None:
+def _perceptual(
+    name: PerceptualName, teacher: Teacher, vgg: Path | None, lpips: Path | None, seed: int
+) -> Premetric | None:
     """The distance of images that is asked for."""
-    if name in ("none", "squared"):
+    if name == "none":
         return None
     if len(teacher.flow.shape or ()) != 3:
         raise ValueError(f"--perceptual: {name} compares images, this flow's samples have shape {teacher.flow.shape}")
     data = None if teacher.data is None else teacher.data[0]
-    kind: Any = name
-    return build_metric(kind, data, seed, vgg=vgg, linear=lpips)
+    return build_metric(name, data, seed, vgg=vgg, linear=lpips)
 
 
 def _with_real(teacher: Teacher, out: Path, pairing: Pairing, solver: Solver, seed: int, share: float) -> PairSource:
@@ -309,14 +257,14 @@ def _finish(
     teacher: Teacher,
     pairs: PairSource | None,
     solver: Solver,
-    learning: Learning,
-    machines: Machines,
-    keeping: Keeping,
+    student: Student,
     kind: str = "",
 ) -> int:
     """Train, and say what became of the few-step samples."""
     kind = kind or system
-    status = train_student(task, out, kind, teacher.run, pairs, learning, machines, keeping, system)
+    machines = student.machines
+    how = (student.learning, machines, student.keeping)
+    status = train_student(task, out, kind, teacher.run, pairs, *how, system)
     if not status and machines.devices * machines.nodes == 1:
         say_gaps(teacher, task.result(), solver)
     return status

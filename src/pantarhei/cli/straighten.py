@@ -85,6 +85,8 @@ def straighten_distil(
     out: Path,
     steps: int = 1,
     metric: MetricName = "squared",
+    vgg: Path | None = None,
+    lpips: Path | None = None,
     squared_too: bool = False,
     reverse: bool = False,
     eps: float = 0.0,
@@ -101,6 +103,8 @@ def straighten_distil(
         steps: Euler steps of the student.
         metric: squared regresses the velocity; gradients (a surrogate without learned features) and classifier (features of
             a classifier trained on the run's labels) compare the images that come out.
+        vgg: weights of VGG16 as torchvision publishes them, for lpips.
+        lpips: the linear weights of LPIPS for VGG16.
         squared_too: add the squared loss to another metric.
         reverse: distil the way from data to noise (use the student with `pantarhei invert`).
         eps: first time of the sampler; the published recipe has 0.001.
@@ -116,7 +120,8 @@ def straighten_distil(
     check_teacher(flow, eps)
     if metric != "squared" and len(flow.shape or ()) != 3:
         raise ValueError(f"--metric: {metric} compares images, this flow's samples have shape {flow.shape}")
-    distance = build_metric(metric, data_of(run)[0] if metric == "classifier" else None, learning.seed)
+    data = data_of(run)[0] if metric == "classifier" else None
+    distance = build_metric(metric, data, learning.seed, vgg=vgg, linear=lpips)
     store = pairs_of(flow, run, out, pairing, learning.seed)
     task = distillation_task(
         flow,

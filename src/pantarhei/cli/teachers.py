@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ import tyro
 from torch import nn
 
 from pantarhei.cli.opening import recipe_of
-from pantarhei.cli.train import Keeping, Machines, report_end
+from pantarhei.cli.train import Keeping, Machines, check_new, report_end
 from pantarhei.data import Source, split
 from pantarhei.flow import Flow
 from pantarhei.flow.numbered import numbered_conditions, numbered_source
@@ -158,6 +158,42 @@ class Additions:
     def low_rank(self) -> LowRank | None:
         """As an option of a task."""
         return LowRank(self.rank, self.alpha, self.targets) if self.rank else None
+
+
+@dataclass(frozen=True)
+class Student:
+    """The student: what it starts from, how it learns, where it runs.
+
+    Attributes:
+        start: a student to go on from (a run), instead of the teacher.
+        teaching: what is known of the teacher.
+        additions: low-rank training.
+        learning: how it learns.
+        machines: where it runs.
+        keeping: what is kept on the way.
+    """
+
+    start: Path | None = None
+    teaching: Teaching = Teaching()
+    additions: Additions = Additions()
+    learning: Learning = Learning()
+    machines: Machines = field(default_factory=Machines)
+    keeping: Keeping = field(default_factory=Keeping)
+
+    def open_teacher(self, run: Path, out: Path) -> Teacher:
+        """The teacher, opened and checked, once it is sure that `out` may be written."""
+        check_new(out, self.learning.resume)
+        return open_teacher(run, self.machines, self.teaching)
+
+    def task_options(self, teacher: Path) -> dict[str, Any]:
+        """As options of a task."""
+        start = None if self.start is None else load(self.start).network
+        return {
+            "start": start,
+            "low_rank": self.additions.low_rank(),
+            "teacher": str(teacher),
+            **self.learning.task_options(),
+        }
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pantarhei.metrics import train_classifier
 from pantarhei.metrics.classifier import SmallClassifier
 
 MetricName = Literal["squared", "gradients", "classifier", "lpips", "lpips-surrogate"]
+PerceptualName = Literal["none", "gradients", "classifier", "lpips", "lpips-surrogate"]
 
 
 class StageMaps(nn.Module):
@@ -38,7 +39,7 @@ class StageMaps(nn.Module):
 
 
 def build_metric(
-    name: MetricName,
+    name: MetricName | PerceptualName,
     data: Source | None = None,
     seed: int = 0,
     *,
@@ -61,7 +62,7 @@ def build_metric(
         FileNotFoundError: a weight file is missing.
         ValueError: the name is unknown, the classifier needs labelled images, LPIPS its two files, or a file is damaged.
     """
-    if name == "squared":
+    if name in ("squared", "none"):
         return None
     if name == "gradients":
         return GradientPyramid()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pantarhei.reproduce.claims import Experiment
 from pantarhei.reproduce.rectified_flow import EXPERIMENTS as RECTIFIED_FLOW
+from pantarhei.reproduce.rectified_flow_plus_plus import EXPERIMENTS as RECTIFIED_FLOW_PLUS_PLUS
 from pantarhei.reproduce.stochastic_interpolants import EXPERIMENTS as STOCHASTIC_INTERPOLANTS
 
 EXPERIMENTS: dict[str, tuple[Experiment, ...]] = {
     "rectified-flow": RECTIFIED_FLOW,
+    "rectified-flow-plus-plus": RECTIFIED_FLOW_PLUS_PLUS,
     "stochastic-interpolants": STOCHASTIC_INTERPOLANTS,
 }

@@ -67,7 +67,13 @@ def chain(settings: Settings) -> dict[str, float]:
         found |= {f"{name}_frechet_1": judge(one), f"{name}_frechet_2": judge(two)}
         found[f"{name}_error_1"] = float((one - made.goal).square().mean())
         found[f"{name}_surrogate_1"] = _mean(perceptual, one, made.goal)
-    for label, new, old in (("u", "C", "B"), ("huber", "D", "C"), ("e", "E", "D"), ("f", "F", "E"), ("start", "B", "A")):
+    for label, new, old in (
+        ("u", "C", "B"),
+        ("huber", "D", "C"),
+        ("e", "E", "D"),
+        ("f", "F", "E"),
+        ("start", "B", "A"),
+    ):
         for figure in ("frechet_1", "error_1", "surrogate_1"):
             found[f"{label}_{figure}_ratio"] = found[f"{new}_{figure}"] / found[f"{old}_{figure}"]
     found["f_over_d_surrogate_1"] = found["F_surrogate_1"] / found["D_surrogate_1"]

@@ -16,7 +16,6 @@ from pantarhei.reproduce.rectified_flow.colours import photographs
 from pantarhei.reproduce.rectified_flow_plus_plus.setups import (
     DATA,
     STRAIGHT,
-    Data,
     Setup,
     adam,
     data_distance,
@@ -89,6 +88,9 @@ def _next(made: Setup, flow: Flow, pairs: PairSource) -> Flow:
     return run(task, settings.seed + 50, settings.size(sizes.student), sizes.batch)
 
 
+Limits = tuple[float, float]
+
+
 def geometry(settings: Settings) -> dict[str, float]:
     """Where two straight paths would have to start that meet half way: z + (x' - x''), for 1,000 real images."""
     found: dict[str, float] = {}
@@ -100,7 +102,7 @@ def geometry(settings: Settings) -> dict[str, float]:
         shift = (images[first] - images[second])[apart]
         z = torch.randn(shift.shape, generator=draws)
         limits = _noise_limits(shift.shape[1:], settings)
-        for label, factor in (("", 1.0), ("_at_0.7", 3 / 7), ("_at_0.9", 1 / 9)):
+        for label, factor in (("", 1.0), ("_at_t_0.3", 3 / 7), ("_at_t_0.1", 1 / 9)):
             outside = [_outside(value, limit) for value, limit in zip(_marks(z + factor * shift), limits, strict=True)]
             both = (outside[0] | outside[1]).float().mean()
             found[f"{name}_outside{label}"] = float(both)
@@ -146,7 +148,7 @@ def _marks(z: Tensor) -> tuple[Tensor, Tensor]:
     return square, pairs / (2 * square)
 
 
-def _noise_limits(shape: torch.Size, settings: Settings) -> list[tuple[float, float]]:
+def _noise_limits(shape: torch.Size, settings: Settings) -> tuple[Limits, Limits]:
     """Ends of the central 99.95 % of both marks of noise: together they hold at least 99.9 % of it."""
     from scipy.stats import chi2
 
@@ -155,10 +157,11 @@ def _noise_limits(shape: torch.Size, settings: Settings) -> list[tuple[float, fl
     lags = torch.cat([_marks(torch.randn(1000, *shape, generator=draws))[1] for _ in range(settings.size(50))])
     # Normal in good approximation (a sum of many products): its deviation is known well before its far quantiles are.
     reach = 3.481 * float(lags.std())
-    return [tuple(float(v) for v in chi2(count).ppf([0.00025, 0.99975])), (-reach, reach)]
+    low, high = chi2(count).ppf([0.00025, 0.99975])
+    return (float(low), float(high)), (-reach, reach)
 
 
-def _outside(value: Tensor, limits: tuple[float, float]) -> Tensor:
+def _outside(value: Tensor, limits: Limits) -> Tensor:
     return (value < limits[0]) | (value > limits[1])
 
 

@@ -38,7 +38,7 @@ class Sizes:
         batch: of both.
         pairs: of a round.
         test: fresh noises on which students are compared with their teacher.
-        scratch_lr, start_lr: of students with random weights and with their teacher's; each the best of a scan on other seeds.
+        scratch_lr, start_lr: of students with random weights and with their teacher's, from scans on other seeds.
         average: decay of the averaged weights.
     """
 
@@ -191,7 +191,9 @@ def student(data: Data, name: str, settings: Settings, length: float = 1.0) -> F
 @lru_cache(maxsize=128)
 def _student(data: Data, name: str, seed: int, quick: bool, length: float) -> Flow:
     made = setup(data, Settings(seed, quick))
-    return run(task_of(made, ARMS[name]), seed, made.settings.size(round(length * made.sizes.student)), made.sizes.batch)
+    return run(
+        task_of(made, ARMS[name]), seed, made.settings.size(round(length * made.sizes.student)), made.sizes.batch
+    )
 
 
 def task_of(made: Setup, arm: Arm, optimization: Optimization | None = None) -> FlowTask:
@@ -247,5 +249,3 @@ def data_distance(made: Setup, x: Tensor) -> float:
     if made.data == "ring":
         return metrics.wasserstein(x[:1000], made.held_out[:1000])
     return Judge(made)(x)
-
-
