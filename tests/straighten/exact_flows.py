@@ -51,7 +51,8 @@ def arrival(flow: Flow, x0: Tensor) -> Tensor:
     return goal(FirstOrder(flow.path)(flow.path.sigma(start).to(x0) * x0, start.expand(len(x0))))
 
 
-def first_order_flow(path="linear", predicts="noise", classes=0):
+def first_order_flow(path="linear", predicts=None, classes=0):
+    predicts = predicts or ("velocity" if path == "linear" else "noise")
     null = {"label": classes} if classes else None
     return Flow(FirstOrder(path, predicts, classes), path=path, predicts=predicts, shape=(2,), null=null)
 

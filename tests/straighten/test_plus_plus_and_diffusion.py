@@ -224,9 +224,10 @@ def test_another_schedule_keeps_the_pairs(tmp_path):
     # The published numbers: alpha of number 999 is 0.0397 for linear betas, 0.0683 for Stable Diffusion's own.
     assert float(task.flow.path.alpha(torch.tensor(0.0))) == pytest.approx(0.0397, abs=1e-4)
     assert float(flow.path.alpha(torch.tensor(0.0))) == pytest.approx(0.0683, abs=1e-4)
+    vp = random_flow("vp", "noise")
+    others = pairs_of(vp, tmp_path / "vp")
     with pytest.raises(ValueError, match="only a numbered path"):
-        vp = random_flow("vp", "noise")
-        rectified_diffusion_task(vp, pairs_of(vp, tmp_path / "vp"), schedule="linear", any_teacher=True)
+        rectified_diffusion_task(vp, others, schedule="linear", any_teacher=True)
 
 
 def test_numbered_students_are_trained_at_whole_numbers(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from pantarhei.cli.teachers import PairMethod, Teaching, open_teacher
+from pantarhei.cli.teachers import PairMethod, Teaching, check_images, open_teacher, solver_named
 from pantarhei.cli.train import Machines
 from pantarhei.recipes.comparison import Budget, compare
 from pantarhei.recipes.comparison_page import write_page
@@ -71,11 +71,10 @@ def straighten_compare(
 
         torch.set_num_threads(machines.threads)
     flow = opened.flow
-    method = pair_method
-    if method == "auto":
-        method = "heun" if flow.path.spec()["name"] == "linear" else "edm"
+    method = solver_named(pair_method, flow)
     metric = None
     if perceptual != "none":
+        check_images(flow, perceptual)
         metric = build_metric(perceptual, opened.data[0], seed, vgg=vgg, linear=lpips)
     out.mkdir(parents=True, exist_ok=True)
     reference = make_reference(*opened.data, inception=inception, cache=out / "classifier.safetensors", seed=seed)

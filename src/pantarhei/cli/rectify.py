@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from pantarhei.cli.teachers import Learning, Pairing, Student, Teacher, pairs_of, say_gaps, train_student
+from pantarhei.cli.teachers import (
+    Learning,
+    Pairing,
+    Student,
+    Teacher,
+    check_images,
+    pairs_of,
+    processes,
+    say_gaps,
+    train_student,
+)
 from pantarhei.cli.train import Keeping, Machines
 from pantarhei.flow import PseudoHuber
 from pantarhei.flow.metrics import Premetric
@@ -27,6 +38,9 @@ from pantarhei.straighten import (
 from pantarhei.straighten.rectified_diffusion import LossName
 from pantarhei.training import FlowTask
 
+# A pretrained network goes on with a smaller step than one from scratch begins with.
+FINE_TUNED = Student(learning=Learning(lr=5e-4))
+
 
 def straighten_rfpp(
     teacher: tyro.conf.Positional[Path],
@@ -39,7 +53,7 @@ def straighten_rfpp(
     ushape: float = 4.0,
     real_share: float = 0.0,
     pairing: Pairing = Pairing(pair_steps=17),
-    student: Student = Student(),
+    student: Student = FINE_TUNED,
 ) -> int:
     """Rectified flow++: one round on the teacher's pairs, from its weights, with U-shaped times and a robust loss.
 
@@ -77,7 +91,9 @@ def straighten_rfpp(
         any_teacher=pairing.any_teacher,
         **student.task_options(teacher),
     )
-    return _finish(task, "rectified-flow-plus-plus", out, opened, pairs, solver, student)
+    return _finish(
+        task, "rectified-flow-plus-plus", out, opened, pairs, solver, student, count=min(64, pairing.pair_batch)
+    )
 
 
 def straighten_rectified_diffusion(
@@ -89,7 +105,7 @@ def straighten_rectified_diffusion(
     times: Literal["own"] | TimesName = "own",
     label_dropout: float = 0.1,
     pairing: Pairing = Pairing(),
-    student: Student = Student(),
+    student: Student = FINE_TUNED,
 ) -> int:
     """Rectified diffusion: the model goes on training as it is (schedule, prediction, network) on its own pairs.
 
@@ -121,7 +137,7 @@ def straighten_rectified_diffusion(
         any_teacher=pairing.any_teacher,
         **student.task_options(teacher),
     )
-    return _finish(task, "rectified-diffusion", out, opened, pairs, solver, student)
+    return _finish(task, "rectified-diffusion", out, opened, pairs, solver, student, count=min(64, pairing.pair_batch))
 
 
 def straighten_phased(
@@ -132,7 +148,7 @@ def straighten_phased(
     substeps: int = 10,
     guidance: float = 1.0,
     label_dropout: float = 0.1,
-    student: Student = Student(),
+    student: Student = FINE_TUNED,
 ) -> int:
     """Phased rectified diffusion: first-order within each of some phases, trained on real data without stored pairs.
 
@@ -146,8 +162,8 @@ def straighten_phased(
         substeps: steps of the teacher through a phase.
         guidance: of the teacher (Stable Diffusion 1.5: 3, SDXL: 7.5).
         label_dropout: how often the student's condition is dropped.
-        student: what it starts from, how it learns, where it runs; `--data` (or captioned pictures as `--prompts`) is what
-            is trained on, where the teacher's run does not name its data.
+        student: what it starts from, how it learns, where it runs; `--data` (or captioned pictures as `--prompts`) is
+            what is trained on, where the teacher's run does not name its data.
     """
     opened = student.open_teacher(teacher, out)
     if opened.data is None:
@@ -164,7 +180,9 @@ def straighten_phased(
         **student.task_options(teacher),
     )
     solver = Solver("edm", 32, guidance)
-    return _finish(task, "rectified-diffusion", out, opened, None, solver, student, kind="phased")
+    return _finish(
+        task, "rectified-diffusion", out, opened, None, solver, student, "phased", min(64, student.learning.batch)
+    )
 
 
 def _faces(
@@ -207,12 +225,12 @@ straighten_rfpp.presets = {  # type: ignore[attr-defined]
 }
 straighten_rectified_diffusion.presets = {  # type: ignore[attr-defined]
     "sd15": {
-        "pairing": Pairing(pairs=1_600_000, pair_method="dpm-solver", pair_steps=25, guidance=5.0),
+        "pairing": Pairing(1_600_000, pair_method="dpm-solver", pair_steps=25, guidance=5.0, pair_batch=8),
         "student": _diffusion(200_000, 128, 5000),
         "schedule": "linear",
     },
     "sdxl": {
-        "pairing": Pairing(pairs=1_600_000, pair_method="dpm-solver", pair_steps=25, guidance=7.5),
+        "pairing": Pairing(1_600_000, pair_method="dpm-solver", pair_steps=25, guidance=7.5, pair_batch=2),
         "student": _diffusion(200_000, 128, 5000),
     },
 }
@@ -228,8 +246,7 @@ def _perceptual(
     """The distance of images that is asked for."""
     if name == "none":
         return None
-    if len(teacher.flow.shape or ()) != 3:
-        raise ValueError(f"--perceptual: {name} compares images, this flow's samples have shape {teacher.flow.shape}")
+    check_images(teacher.flow, name)
     data = None if teacher.data is None else teacher.data[0]
     return build_metric(name, data, seed, vgg=vgg, linear=lpips)
 
@@ -246,7 +263,11 @@ def _with_real(teacher: Teacher, out: Path, pairing: Pairing, solver: Solver, se
         raise ValueError("--real-share: this teacher does not name its data; give --data")
     plain = Solver(solver.method, solver.steps, 1.0, solver.rtol)
     folder = out / "inverted"
-    real = invert_data(teacher.flow, teacher.data[0], folder, solver=plain, teacher=str(teacher.run), progress=True)
+    rank, world = processes()
+    how: dict[str, Any] = {"solver": plain, "teacher": str(teacher.run), "batch": pairing.pair_batch, "progress": True}
+    real = invert_data(teacher.flow, teacher.data[0], folder, rank=rank, world=world, **how)
+    while real.missing():  # what the other processes make
+        time.sleep(1.0)
     return real if made is None else MixedPairs(made, real, share)
 
 
@@ -259,12 +280,13 @@ def _finish(
     solver: Solver,
     student: Student,
     kind: str = "",
+    count: int = 64,
 ) -> int:
     """Train, and say what became of the few-step samples."""
     kind = kind or system
     machines = student.machines
     how = (student.learning, machines, student.keeping)
-    status = train_student(task, out, kind, teacher.run, pairs, *how, system)
+    status = train_student(task, out, kind, teacher.run, pairs, *how, system, teacher.recipe)
     if not status and machines.devices * machines.nodes == 1:
-        say_gaps(teacher, task.result(), solver)
+        say_gaps(teacher, task.result(), solver, count)
     return status

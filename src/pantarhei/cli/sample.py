@@ -32,6 +32,7 @@ from pantarhei.flow.noise_amounts import NoiseForm
 from pantarhei.flow.numbered import Conditions, join, numbered_conditions, numbered_samples, path_noise
 from pantarhei.flow.stochastic import LastStep
 from pantarhei.recipes.pipelines import Prompts, open_prompts, tokenizer_of
+from pantarhei.straighten.editing import Inverter
 
 Method = Literal[
     "auto",
@@ -184,7 +185,7 @@ def sample(
             x0, given = read_input(input, flow, count, ("x0", "x"))
             named = None if conditions is None else numbered_conditions(flow, seed, conditions)
             found = _from_input(flow, x0, given, named, batch, options, seed if sde else None)
-    evaluations = calls[0] / -(-len(found["x1"]) // batch)
+    evaluations = calls[0] / len(found["x1"])
     seconds = time.monotonic() - began
     x = found["x1"]
     settings = {"run": run, "seed": seed, **options, **(vars(noise) if sde else {})}
@@ -242,9 +243,14 @@ def invert(
             "this flow was distilled to run from source to data; distil its teacher with --reverse instead"
         )
     if evaluations is not None:
-        if steps is not None or method is not None or distilled:
-            raise ValueError("--evaluations: goes without --steps and --method, and with a flow that is not distilled")
-        return invert_quickly_to(run, flow, out, items_of(run, flow, count, input, seed), evaluations, seed)
+        if steps is not None or distilled or method not in (None, "auto", "euler", "ddim", "heun-euler"):
+            raise ValueError(
+                "--evaluations: goes without --steps, with --method auto, euler, ddim or heun-euler, and with a flow that "
+                "is not distilled"
+            )
+        items = items_of(run, flow, count, input, seed)
+        inverter: Inverter = method or "auto"
+        return invert_quickly_to(run, flow, out, items, evaluations, inverter, seed)
     method = method or ("euler" if distilled else "heun")
     options: dict[str, Any] = {"steps": steps or default_steps(flow), "method": method}
     items = items_of(run, flow, count, input, seed)

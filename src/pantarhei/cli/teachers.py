@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,8 +52,9 @@ class Pairing:
         pair_steps: its steps.
         pair_rtol: error control with this tolerance instead of steps (dopri5, bosh3 or tsit5; the paper: dopri5, 1e-5).
         guidance: guidance scale baked into the pairs.
-        store: tensors (any data), or states (images as PNG and noise as 32 bytes of a generator's state: a tenth of the
+        store: tensors (any data), or states (images as PNG and noise as 32 bytes of a generator's state: a seventh of the
             disk, and the layout of rectified flow++'s own code).
+        pair_batch: pairs made at a time; few for a large teacher.
     """
 
     pairs: int = 10_000
@@ -64,6 +65,7 @@ class Pairing:
     pair_rtol: float | None = None
     guidance: float = 1.0
     store: Literal["tensors", "states"] = "tensors"
+    pair_batch: int = 256
 
     def solver(self, flow: Flow) -> Solver:
         """How they are made.
@@ -73,13 +75,19 @@ class Pairing:
         """
         if self.pairs < 1:
             raise ValueError(f"--pairs: must be at least 1, got {self.pairs}")
+        if self.pair_batch < 1:
+            raise ValueError(f"--pair-batch: must be at least 1, got {self.pair_batch}")
         if self.pair_rtol is not None and self.pair_method not in ("bosh3", "dopri5", "tsit5"):
             raise ValueError(f"--pair-rtol: goes with --pair-method bosh3, dopri5 or tsit5, got {self.pair_method}")
-        method = self.pair_method
-        if method == "auto":
-            # On the linear path both are Heun's method, but the velocity of other paths turns.
-            method = "heun" if flow.path.spec()["name"] in ("linear", "interpolant", "custom") else "edm"
+        method = solver_named(self.pair_method, flow)
         return Solver(method, self.pair_steps, self.guidance, self.pair_rtol)
+
+
+def solver_named(method: PairMethod, flow: Flow) -> str:
+    """A method's name; "auto" is Heun's, in the noise level where the path is curved: there velocities turn."""
+    if method != "auto":
+        return method
+    return "heun" if flow.path.spec()["name"] in ("linear", "interpolant", "custom") else "edm"
 
 
 @dataclass(frozen=True)
@@ -204,6 +212,7 @@ class Teacher:
         run: where it is.
         flow: with its averaged weights, on the device.
         data: training and held-out data, where they are known.
+        recipe: what of `config.yaml` names these data, for the student's.
         conditions: what its samples are conditioned on, where that is no class label.
     """
 
@@ -211,6 +220,7 @@ class Teacher:
     flow: Flow
     data: tuple[Source, Source] | None
     conditions: Source | None
+    recipe: dict[str, Any]
 
 
 def train_student(
@@ -223,12 +233,17 @@ def train_student(
     machines: Machines,
     keeping: Keeping,
     system: str = "rectified-flow",
+    recipe: dict[str, Any] | None = None,
 ) -> int:
     """Train, with the teacher's recipe in the configuration, so that the student can be evaluated on the same data."""
     config: dict[str, Any] = {"system": system, "kind": kind, "teacher": str(teacher)}
     stored = pairs is not None and not isinstance(pairs, OnlinePairs)
-    config |= {**_recipe(teacher), "pairs": str(pair_folder(pairs)) if stored and pairs is not None else None}
+    config |= {
+        **(recipe or recipe_in_run(teacher)),
+        "pairs": str(pair_folder(pairs)) if stored and pairs is not None else None,
+    }
     _set_dropout(task.flow.network, learning.dropout)
+    task.validation_batch = min(task.validation_batch, learning.batch)
     return report_end(
         train(task, out, config=config, **learning.loop_options(), **machines.options(), **keeping.options())
     )
@@ -251,8 +266,10 @@ def open_teacher(run: Path, machines: Machines, teaching: Teaching | None = None
         flow.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
     flow.eval()
     data = recipe.open() if recipe is not None else None
+    kept = recipe_in_run(run)
     if teaching.data:
-        data = data_for(flow, teaching.data)
+        named = data_for(flow, teaching.data)
+        data, kept = named.open(), {"recipe": {"data": asdict(named)}, "recipe_of": "rectified-flow"}
     conditions: Source | None = None
     if "tokens" in flow.conditions:
         if teaching.prompts is None:
@@ -266,16 +283,28 @@ def open_teacher(run: Path, machines: Machines, teaching: Teaching | None = None
         print(f"licence of the teacher's weights: {licence}")
     if teaching.check:
         _check(flow, data)
-    return Teacher(run, flow, data, conditions)
+    return Teacher(run, flow, data, conditions, kept)
 
 
-def data_for(flow: Flow, data: str) -> tuple[Source, Source]:
-    """Training and held-out data by name, with side and channels of the images that the flow takes, if it takes any."""
+def data_for(flow: Flow, data: str) -> DataConfig:
+    """Data by name, with side and channels of the images that the flow takes, if it takes any."""
     if flow.shape is None or len(flow.shape) != 3:
-        return DataConfig(data=data).open()
+        return DataConfig(data=data)
     latents = flow.codec is not None
     size = flow.shape[-1] * int(getattr(flow.codec, "factor", 1))
-    return DataConfig(data=data, size=size, channels=3 if latents else flow.shape[0]).open()
+    return DataConfig(data=data, size=size, channels=3 if latents else flow.shape[0])
+
+
+def check_images(flow: Flow, metric: str) -> None:
+    """Refuse a distance of images for a flow of something else, before pairs are made.
+
+    Raises:
+        ValueError: its samples are no images, or latents of them.
+    """
+    shape = flow.shape or ()
+    if len(shape) != 3 or shape[0] not in (1, 3) or flow.codec is not None:
+        kind = "latents" if flow.codec is not None else f"of shape {flow.shape}"
+        raise ValueError(f"--perceptual: {metric} compares images, this flow's samples are {kind}")
 
 
 def _check(flow: Flow, data: tuple[Source, Source] | None) -> None:
@@ -321,9 +350,11 @@ def say_straightness(teacher: Flow, student: Flow) -> None:
 
 
 @torch.no_grad()
-def say_gaps(teacher: Teacher, student: Flow, solver: Solver, steps: tuple[int, ...] = (1, 2, 4, 8)) -> None:
+def say_gaps(
+    teacher: Teacher, student: Flow, solver: Solver, count: int = 64, steps: tuple[int, ...] = (1, 2, 4, 8)
+) -> None:
     """Say how far samples of few steps are from the teacher's, before and after, from the same noise."""
-    before, count = teacher.flow, 64
+    before = teacher.flow
     try:
         condition = numbered_conditions(before, 0, teacher.conditions)(range(count)) or None
     except ValueError:
@@ -339,6 +370,11 @@ def say_gaps(teacher: Teacher, student: Flow, solver: Solver, steps: tuple[int, 
         print(f"mean squared distance to the teacher's samples, by evaluations: {name} {errors}")
 
 
+def processes() -> tuple[int, int]:
+    """Number of this process and of all, as torchrun sets them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def pairs_of(
     flow: Flow,
     run: Path,
@@ -348,15 +384,17 @@ def pairs_of(
     conditions: Source | None = None,
 ) -> PairSource:
     """Given pairs, or new ones, of which each process makes its share."""
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, world = processes()
     given = pairing.pairs_from
     made: dict[str, Any] = {"seed": seed, "solver": pairing.solver(flow), "teacher": str(run), "progress": True}
-    made |= {"store": pairing.store, "conditions": conditions}
+    made |= {"store": pairing.store, "conditions": conditions, "batch": pairing.pair_batch}
     store = find_pairs(flow, given or pairing.pairs, out / "pairs", rank=rank, world=world, **made)
     while given is None and store.missing():  # what the other processes make
         time.sleep(1.0)
     if rank == 0:
-        found = inspect_pairs(store, flow if given is None else None)
+        # Of a large teacher only as many pairs are solved again as fit at a time.
+        few = {"limit": min(512, 2 * pairing.pair_batch), "batch": pairing.pair_batch}
+        found = inspect_pairs(store, flow if given is None else None, **few)
         error = "" if found.solver_error is None else f", solver error {100 * found.solver_error:.2f} %"
         print(f"pairs: {len(store):,} in {pair_folder(store)}{error}")
         for warning in found.warnings:
@@ -364,7 +402,7 @@ def pairs_of(
     return store
 
 
-def _recipe(run: Path) -> dict[str, object]:
+def recipe_in_run(run: Path) -> dict[str, object]:
     """The recipe that the teacher was trained with, and which system's it is."""
     config = Run.open(run).config if (run / "config.yaml").is_file() else {}
     recipe_of = config.get("recipe_of", config.get("system", "rectified-flow"))

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pantarhei.data.pickle_limits import Allowance, naturals, shown
+
 # kind letter and byte size, with an optional byte order; 'b1' is bool
 _PLAIN = re.compile(r"[<>=|]?(?:b1|[iufc]\d+|[SUV]\d+|O\d*|\?)")
 
@@ -21,20 +23,31 @@ _PLAIN = re.compile(r"[<>=|]?(?:b1|[iufc]\d+|[SUV]\d+|O\d*|\?)")
 class DtypeRecord:
     """Stands for a ``numpy.dtype`` while a pickle is read."""
 
-    __slots__ = ("code", "state")
+    __slots__ = ("_dtype", "code", "state")
 
     def __init__(self, code: str | bytes, align: Any = False, copy: Any = True) -> None:
         text = code.decode("latin1") if isinstance(code, bytes) else code
         if not isinstance(text, str) or not _PLAIN.fullmatch(text):
-            raise ValueError(f"the dtype {code!r} is not a plain one")
+            raise ValueError(f"the dtype {shown(code)} is not a plain one")
         self.code = text
         self.state: tuple[Any, ...] | None = None
+        self._dtype: np.dtype[Any] | None = None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.state = state
+        self.state, self._dtype = state, None
+
+    def built(self, builder: Builder) -> np.dtype[Any]:
+        """The dtype."""
+        return self.dtype()
 
     def dtype(self) -> np.dtype[Any]:
         """Build the dtype from its code, byte order, fields and sub-array; flags and alignment are not believed."""
+        # Once: each of two fields may be of a dtype whose two fields are of a dtype, and so on.
+        if self._dtype is None:
+            self._dtype = self._make()
+        return self._dtype
+
+    def _make(self) -> np.dtype[Any]:
         kind = self.code.lstrip("<>=|")
         if kind.startswith("O"):
             return np.dtype(object)
@@ -43,19 +56,21 @@ class DtypeRecord:
         _, order, subarray, names, fields, size = self.state[:6]
         if subarray is not None:
             base, shape = subarray
-            return np.dtype((base.dtype(), shape))
+            return np.dtype((base.dtype(), naturals(shape, "sizes of a sub-array")))
         if names:
+            if not all(isinstance(name, (str, bytes)) for name in names):
+                raise ValueError("names of fields that are no text")
             parts = [fields[name] for name in names]
             return np.dtype(
                 {
                     "names": [_text(name) for name in names],
                     "formats": [part[0].dtype() for part in parts],
-                    "offsets": [part[1] for part in parts],
-                    "itemsize": size,
+                    "offsets": naturals([part[1] for part in parts], "offsets of fields"),
+                    "itemsize": naturals((size,), "sizes of a dtype")[0],
                 }
             )
         if _text(order) not in ("<", ">", "=", "|"):
-            raise ValueError(f"the byte order {order!r} is none")
+            raise ValueError(f"the byte order {shown(order)} is none")
         return np.dtype(_text(order) + kind)
 
 
@@ -71,6 +86,26 @@ class ArrayRecord:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.state = state
 
+    def built(self, builder: Builder) -> np.ndarray:
+        """The array."""
+        if self.state is None:
+            raise ValueError("an array without content")
+        _, sizes, dtype, fortran, content = self.state
+        shape = naturals(sizes, "sizes of an array")
+        order: Literal["C", "F"] = "F" if fortran else "C"
+        if isinstance(content, list):
+            builder.allowance.take(8 * len(content))
+            array = np.empty(len(content), dtype=object).reshape(shape, order=order)
+            builder.keep(self, array)
+            flat = array.reshape(-1, order=order)
+            for index, entry in enumerate(content):
+                flat[index] = builder.visit(entry)
+            return array
+        raw = _raw(content)
+        builder.allowance.take(len(raw))
+        array = _filled(raw, dtype.dtype(), shape, order)
+        return array if self.axes is None else array.transpose(self.axes)
+
 
 def scalar(dtype: DtypeRecord, raw: bytes | str) -> Any:
     """Build a NumPy scalar (``numpy.core.multiarray.scalar``)."""
@@ -85,33 +120,40 @@ def array_from_buffer(
     return ArrayRecord((1, shape, dtype, order == "F", raw), axes if order == "K" else None)
 
 
-def build(tree: Any) -> Any:
-    """Replace the records in a tree of plain containers by the arrays and dtypes that they stand for."""
-    return _Builder().visit(tree)
+class Builder:
+    """Replaces the records in a tree of plain containers by what they stand for, each once.
 
+    A record is an object whose class has a method `built(builder)`.
 
-class _Builder:
-    def __init__(self) -> None:
+    Args:
+        allowance: how much may be made of them.
+    """
+
+    def __init__(self, allowance: Allowance) -> None:
+        self.allowance = allowance
         # The original stays in the entry: were it freed, another object could get its id.
         self._done: dict[int, tuple[Any, Any]] = {}
 
+    def keep(self, node: Any, result: Any) -> Any:
+        """Note what a node has become; before its content is visited where it may contain itself."""
+        self._done[id(node)] = (node, result)
+        return result
+
     def visit(self, node: Any) -> Any:
-        if not isinstance(node, (list, tuple, dict, set, frozenset, DtypeRecord, ArrayRecord)):
+        """What a node of the tree becomes: containers are refilled in place, records replaced."""
+        # Asked of the class: what an object says of itself may come out of the file.
+        built = getattr(type(node), "built", None)
+        if built is None and not isinstance(node, (list, tuple, dict, set, frozenset)):
             return node
         if id(node) in self._done:
             return self._done[id(node)][1]
+        if built is not None:
+            return self.keep(node, built(node, self))
         if isinstance(node, (list, dict, set)):
-            self._done[id(node)] = (node, node)  # before their content: these may contain themselves
+            self.keep(node, node)
             self._refill(node)
             return node
-        if isinstance(node, ArrayRecord):
-            return self._array(node)
-        if isinstance(node, DtypeRecord):
-            result: Any = node.dtype()
-        else:
-            result = type(node)(self.visit(entry) for entry in node)
-        self._done[id(node)] = (node, result)
-        return result
+        return self.keep(node, type(node)(self.visit(entry) for entry in node))
 
     def _refill(self, node: Any) -> None:
         if isinstance(node, list):
@@ -125,30 +167,15 @@ class _Builder:
             node.clear()
             node.update(entries)
 
-    def _array(self, record: ArrayRecord) -> np.ndarray:
-        if record.state is None:
-            raise ValueError("an array without content")
-        _, shape, dtype, fortran, content = record.state
-        order: Literal["C", "F"] = "F" if fortran else "C"
-        if isinstance(content, list):
-            array = np.empty(len(content), dtype=object).reshape(shape, order=order)
-            self._done[id(record)] = (record, array)
-            flat = array.reshape(-1, order=order)
-            for index, entry in enumerate(content):
-                flat[index] = self.visit(entry)
-            return array
-        array = _filled(_raw(content), dtype.dtype(), tuple(shape), order)
-        if record.axes is not None:
-            array = array.transpose(record.axes)
-        self._done[id(record)] = (record, array)
-        return array
-
 
 def _filled(
     raw: bytes | bytearray, dtype: np.dtype[Any], shape: tuple[int, ...], order: Literal["C", "F"]
 ) -> np.ndarray:
-    if len(raw) != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"an array of shape {shape} and dtype {dtype} with {len(raw)} bytes of content")
+    # NumPy would make one byte of each entry without any.
+    if len(raw) != math.prod(shape) * dtype.itemsize or not dtype.itemsize:
+        raise ValueError(
+            f"an array of shape {shape} and {dtype.itemsize} bytes an entry with {len(raw)} bytes of content"
+        )
     if not raw:
         if dtype.hasobject:
             raise ValueError("an array of objects without its objects")

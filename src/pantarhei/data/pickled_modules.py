@@ -9,19 +9,18 @@ read, from parts that have been checked; source text is thrown away unread.
 
 from __future__ import annotations
 
-import io
-import math
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pantarhei.data.pickled_arrays import build
-from pantarhei.data.pickles import Constructor, restricted_load
+from pantarhei.data.pickle_limits import Allowance, one_line
+from pantarhei.data.pickle_reader import Constructor, Cursor, Reader
+from pantarhei.data.pickled_arrays import Builder
+from pantarhei.data.pickles import read_file
+from pantarhei.data.torch_files import KINDS, MappingRecord, StorageRecord, read_old, tensor_answers
 
 _TORCH_MODULE = re.compile(r"torch\.nn\.modules\.[a-z_0-9]+")
 
@@ -42,6 +41,12 @@ class ModuleRecord:
     # The BUILD opcode would set attributes; the state came with the call.
     def __setstate__(self, state: Any) -> None:
         raise ValueError("a state is set on a finished object")
+
+    def built(self, builder: Builder) -> ModuleRecord:
+        """Itself, with its attributes finished."""
+        builder.keep(self, self)
+        self.state = builder.visit(self.state)
+        return self
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -83,78 +88,16 @@ def read_modules(source: bytes | str | Path, *, name: str | None = None) -> Any:
         ValueError: the pickle asks for any other name (the message says which), a tensor reaches beyond its storage, or the
             file is truncated or damaged.
     """
+    data = source if isinstance(source, bytes) else read_file(source)
     where = name or ("the given bytes" if isinstance(source, bytes) else str(source))
-    answers = _Answers()
-    tree = restricted_load(source, name=name, more=answers)
-    try:
-        for record in answers.records:
-            record.state = build(record.state)
-        return _Finisher().visit(tree)
-    except RecursionError:
-        raise ValueError(f"cannot read {where}: its containers are nested too deeply") from None
-    except Exception as error:  # torch reports a damaged storage with whatever its readers raise
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise ValueError(f"cannot read {where}: a damaged snapshot ({reason})") from None
+    allowance = Allowance(len(data))
+    with one_line(where, "a truncated or damaged snapshot"):
+        answers = _Answers(where, allowance)
+        tree = Reader(Cursor(data), where, allowance, more=answers, kinds=KINDS).load()
+        return Builder(allowance).visit(tree)
 
 
-class _StorageRecord:
-    """Numbers as `torch.save` wrote them."""
-
-    __slots__ = ("content",)
-
-    def __init__(self, content: bytes) -> None:
-        if not isinstance(content, bytes):
-            raise ValueError("a storage from something else than bytes")
-        self.content = content
-
-    __setstate__ = ModuleRecord.__setstate__
-
-    def numbers(self) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            storage = torch.load(io.BytesIO(self.content), map_location="cpu", weights_only=True)
-            if not isinstance(storage, torch.storage.TypedStorage):
-                raise ValueError(f"a {type(storage).__name__} in the place of a storage")
-            return torch.empty(0, dtype=storage.dtype).set_(storage.untyped())
-
-
-class _TensorRecord:
-    """A view of a storage."""
-
-    __slots__ = ("offset", "shape", "storage", "stride")
-
-    def __init__(self, storage: Any, offset: Any, shape: Any, stride: Any, *unused: Any) -> None:
-        if not isinstance(storage, _StorageRecord):
-            raise ValueError("a tensor without a storage")
-        self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
-
-    __setstate__ = ModuleRecord.__setstate__
-
-    def tensor(self) -> Tensor:
-        numbers = self.storage.numbers()
-        count, shape, stride = numbers.numel(), _naturals(self.shape), _naturals(self.stride)
-        (offset,) = _naturals((self.offset,))
-        size = math.prod(shape)
-        last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if size else 0
-        # More numbers than there are would be one of them many times over: no network has that.
-        if size > count or (size and last >= count):
-            raise ValueError(f"a tensor of shape {shape}, stride {stride} and offset {offset} in {count} numbers")
-        return numbers.as_strided(shape, stride, offset if size else 0).clone(memory_format=torch.contiguous_format)
-
-
-def _naturals(numbers: Any) -> tuple[int, ...]:
-    if not isinstance(numbers, (tuple, list)) or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError(f"a tensor with the sizes or strides {numbers!r}")
-    return tuple(numbers)
-
-
-def _parameter(data: Any, *unused: Any) -> _TensorRecord:
-    if not isinstance(data, _TensorRecord):
-        raise ValueError("a parameter that is no tensor")
-    return data
-
-
-class _Mapping(dict[Any, Any]):
+class _EasyDict(MappingRecord):
     """A dict whose keys could be read as attributes."""
 
     __slots__ = ()
@@ -168,7 +111,6 @@ class _TorchModule(ModuleRecord):
     """A module of torch.nn: made empty, then given its attributes."""
 
     __slots__ = ()
-    records: list[ModuleRecord]
 
     def __new__(cls) -> _TorchModule:
         made = super().__new__(cls)
@@ -182,77 +124,47 @@ class _TorchModule(ModuleRecord):
         if not isinstance(state, dict) or self.state:
             raise ValueError(f"the state of a {self.class_name} is no dict, or is set twice")
         self.state = state
-        self.records.append(self)
 
 
 class _Answers:
     """Inert answers to the names in a snapshot."""
 
-    def __init__(self) -> None:
-        self.records: list[ModuleRecord] = []
+    def __init__(self, where: str, allowance: Allowance) -> None:
+        self._where, self._allowance = where, allowance
         self._types: dict[str, type[_TorchModule]] = {}
         self._names: dict[tuple[str, str], Any] = {
-            ("torch_utils.persistence", "_reconstruct_persistent_obj"): Constructor(self._persistent),
-            ("torch.storage", "_load_from_bytes"): Constructor(_StorageRecord),
-            ("torch._utils", "_rebuild_tensor_v2"): Constructor(_TensorRecord),
-            ("torch._utils", "_rebuild_parameter"): Constructor(_parameter),
-            ("torch", "Size"): Constructor(tuple),
-            ("torch", "device"): Constructor(_device),
-            ("dnnlib.util", "EasyDict"): _Mapping,
-            ("dnnlib", "EasyDict"): _Mapping,
+            ("torch_utils.persistence", "_reconstruct_persistent_obj"): Constructor(_persistent),
+            ("torch.storage", "_load_from_bytes"): Constructor(self._storage),
+            ("dnnlib.util", "EasyDict"): _EasyDict,
+            ("dnnlib", "EasyDict"): _EasyDict,
         }
 
     def __call__(self, module: str, name: str) -> Any:
         if (module, name) in self._names:
             return self._names[module, name]
-        if module == "torch":
-            # Looked up in what is there: asking torch itself for a name may import something.
-            found = vars(torch).get(name)
-            return found if isinstance(found, torch.dtype) else None
         if _TORCH_MODULE.fullmatch(module) and name.isidentifier():
             if name not in self._types:
-                self._types[name] = type(name, (_TorchModule,), {"__slots__": (), "records": self.records})
+                self._types[name] = type(name, (_TorchModule,), {"__slots__": ()})
             return self._types[name]
-        return None
+        return tensor_answers(module, name)
 
-    def _persistent(self, meta: Any) -> ModuleRecord:
-        name = meta.get("class_name") if isinstance(meta, dict) else None
-        if not isinstance(name, str) or not isinstance(meta["state"], dict) or meta.get("type") != "class":
-            raise ValueError("a persistent object without class name and state")
-        self.records.append(ModuleRecord(name, meta["state"]))
-        return self.records[-1]
-
-
-def _device(*arguments: Any) -> str:
-    return ":".join(map(str, arguments))
+    def _storage(self, content: Any) -> StorageRecord:
+        # A storage in a plain pickle is a file of its own, in the format before PyTorch 1.6.
+        if not isinstance(content, bytes):
+            raise ValueError("a storage from something else than bytes")
+        record = read_old(content, self._where, self._allowance, tensor_answers)
+        if not isinstance(record, StorageRecord):
+            raise ValueError(f"a {type(record).__name__} in the place of a storage")
+        return record
 
 
-class _Finisher:
-    """Replaces the records of tensors in a tree by the tensors, in place."""
-
-    def __init__(self) -> None:
-        # The original stays in the entry: were it freed, another object could get its id.
-        self._done: dict[int, tuple[Any, Any]] = {}
-
-    def visit(self, node: Any) -> Any:
-        if not isinstance(node, (list, tuple, dict, ModuleRecord, _TensorRecord)):
-            return node
-        if id(node) in self._done:
-            return self._done[id(node)][1]
-        if isinstance(node, (list, dict, ModuleRecord)):
-            self._done[id(node)] = (node, node)  # before their content: these may contain themselves
-        if isinstance(node, list):
-            node[:] = [self.visit(entry) for entry in node]
-        elif isinstance(node, dict):
-            for key, value in list(node.items()):
-                node[key] = self.visit(value)
-        elif isinstance(node, ModuleRecord):
-            self.visit(node.state)
-        else:
-            result = node.tensor() if isinstance(node, _TensorRecord) else tuple(self.visit(entry) for entry in node)
-            self._done[id(node)] = (node, result)
-            return result
-        return node
+def _persistent(meta: Any) -> ModuleRecord:
+    name = meta.get("class_name") if isinstance(meta, dict) else None
+    if not isinstance(name, str) or not isinstance(meta["state"], dict) or meta.get("type") != "class":
+        raise ValueError("a persistent object without class name and state")
+    if not name.isidentifier():
+        raise ValueError("a persistent object whose class has no name")
+    return ModuleRecord(name, meta["state"])
 
 
 def _table(record: ModuleRecord, name: str) -> Mapping[str, Any]:

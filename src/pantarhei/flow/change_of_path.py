@@ -32,12 +32,17 @@ def on_path(flow: Flow, path: AffinePath | str = "linear") -> Flow:
     path = build_path(path)
     if not isinstance(flow.path, AffinePath):
         raise ValueError("flow: only a flow on an affine path has the same flow on another one")
+    if path == flow.path:
+        return flow.like(flow.network)
     prediction = flow.prediction
     if isinstance(prediction, Elsewhere) and prediction.origin == path:
         prediction = prediction.prediction
-    elif path != flow.path and not isinstance(prediction, (EDMPreconditioned, Elsewhere)):
+    elif not isinstance(prediction, (EDMPreconditioned, Elsewhere)):
         prediction = Elsewhere(prediction.margin, prediction, flow.path)
-    return flow.like(flow.network, path=path, predicts=prediction, interval=_image(flow, path))
+    low, high = _image(flow, path)
+    first, last = prediction.interval(path)
+    interval = (max(low, first), min(high, last))
+    return flow.like(flow.network, path=path, predicts=prediction, interval=interval, starts_scaled=True)
 
 
 def _image(flow: Flow, path: AffinePath) -> tuple[float, float]:

@@ -66,6 +66,7 @@ class Flow(nn.Module):
         codec: optional latent codec.
         interval: times that the network was trained on, where these are fewer than the prediction allows. Sampling then
             starts (and inversion ends) at the first of them, with the state of t = 0.
+        starts_scaled: start there with sigma(t) x0 instead, as the same flow on another path does (`on_path`).
         provenance: where it comes from.
 
     Times run from 0 (source) to 1 (data) and are handed to the network as they are.
@@ -83,6 +84,7 @@ class Flow(nn.Module):
         conditions: Sequence[str] = (),
         codec: Codec | None = None,
         interval: Sequence[float] | None = None,
+        starts_scaled: bool = False,
         provenance: Provenance | None = None,
     ):
         super().__init__()
@@ -115,6 +117,9 @@ class Flow(nn.Module):
             if not low <= first < last <= high:
                 raise ValueError(f"interval: must lie inside [{low:g}, {high:g}], got [{first:g}, {last:g}]")
             self._interval = (first, last)
+        self._starts_scaled = starts_scaled and interval is not None
+        if self._starts_scaled:
+            self._first_sigma = float(self.path.sigma(torch.tensor(self._interval[0], dtype=torch.float64)))
         if hasattr(self.path, "level"):
             self._last_sigma = float(self.path.level(torch.tensor(self._interval[1], dtype=torch.float64)))
 
@@ -150,6 +155,7 @@ class Flow(nn.Module):
             "null": {k: v.tolist() if isinstance(v, Tensor) else v for k, v in self.null.items()},
             "conditions": list(self.conditions),
             **({"interval": list(self._interval)} if self._narrowed else {}),
+            **({"starts_scaled": True} if self._starts_scaled else {}),
             "provenance": asdict(self.provenance),
         }
 
@@ -177,6 +183,7 @@ class Flow(nn.Module):
         interval: Sequence[float] | None = None,
         path: AffinePath | None = None,
         predicts: Prediction | None = None,
+        starts_scaled: bool | None = None,
         **provenance: Any,
     ) -> Flow:
         """The same flow around another network, with changes to its interval, path, prediction or provenance."""
@@ -192,6 +199,7 @@ class Flow(nn.Module):
             conditions=self.conditions,
             codec=self.codec,
             interval=interval or (self._interval if self._narrowed and not moved else None),
+            starts_scaled=self._starts_scaled if starts_scaled is None else starts_scaled,
             provenance=changed,
         )
 
@@ -379,9 +387,10 @@ class Flow(nn.Module):
             x0: unit source draws to start from, (B, *shape).
             condition: labels or other conditions, one row a sample (or one row for all).
             generator: draws x0, on the flow's device.
-            final: "denoise" ends with one more evaluation, E[x1 | x]; "state" does not; "auto" does so where noise is
-                left at the end of the interval (VE, EDM, VP; a data prediction). "clean" takes E[x1 | x] at the start of the
-                last step as its end: no noise is left, and no evaluation is added.
+            final: "denoise" ends with one more evaluation, E[x1 | x]; "state" does not; "clean" takes E[x1 | x] at the start
+                of the last step as its end: no noise is left, and no evaluation is added. "auto" acts only where noise is
+                left at the end of the interval (VE, EDM, VP; a data prediction): it denoises, or (of a rectified flow on a
+                grid of steps) ends clean.
             decode: pass the result through the codec.
             epsilon: sample the SDE with this much noise (a number or a function of t) instead of the ODE, with the options
                 of `transport_sde`; `generator` draws its noise too. A flow that predicts a drift has no ODE at its point
@@ -399,6 +408,9 @@ class Flow(nn.Module):
         x = self._first_sigma * x0
         if epsilon is None and self.stochastic:
             epsilon = "trained"
+        if final == "auto":
+            few = epsilon is None and self.provenance.rectified and options.get("steps", 50) is not None
+            final = "state" if self._last_sigma <= NOISE_LEFT else "clean" if few else "denoise"
         with evaluation_mode(self.network):
             if epsilon is None:
                 if final == "clean":
@@ -408,7 +420,7 @@ class Flow(nn.Module):
             else:
                 options["generator"] = generator
                 x = transport_sde(self, x, (low, high), epsilon, condition=condition, **options).x
-            if final in ("denoise", "clean") or (final == "auto" and self._last_sigma > NOISE_LEFT):
+            if final in ("denoise", "clean"):
                 t = x.new_full((), high, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
                 named = as_condition(condition, self.null, x.shape[0])
                 named = None if named is None else named.to(x.device)

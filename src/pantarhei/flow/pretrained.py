@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,8 @@ def from_pretrained(folder: str | Path, network: nn.Module | None = None, **over
 
     Args:
         folder: the folder.
-        network: needed where the network is not one of ours; the weights are loaded into it.
+        network: needed where the network is not one of ours; the weights are loaded into it, in its types. One of ours has
+            the types of the saved weights.
         overrides: what a spec cannot hold (source, path, codec).
 
     Raises:
@@ -47,13 +49,13 @@ def from_pretrained(folder: str | Path, network: nn.Module | None = None, **over
 
     folder = Path(folder)
     saved = read_json(folder / SPEC)
-    network = build_network(saved["network"], network, str(folder))
-    load_weights(network, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
-    return Flow.from_spec(saved["flow"], network, **overrides)
+    own = build_network(saved["network"], network, str(folder))
+    load_weights(own, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS), types=network is None)
+    return Flow.from_spec(saved["flow"], own, **overrides)
 
 
 def build_network(spec: dict[str, Any], network: nn.Module | None, where: str) -> nn.Module:
-    """The given network, or the one that the spec names.
+    """The given network, or the one that the spec names, whose weights are to be loaded.
 
     Raises:
         ValueError: the saved network is not one of ours and none is given.
@@ -62,11 +64,33 @@ def build_network(spec: dict[str, Any], network: nn.Module | None, where: str) -
         return network
     if spec["name"] == "custom":
         raise ValueError(f"{where} holds a network that is not one of pantarhei's; pass network=YourModule()")
-    return networks.build(spec)
+    return unfilled(lambda: networks.build(spec))
 
 
-def load_weights(network: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Load a state dict, naming the first key that does not fit.
+def unfilled(make: Callable[[], nn.Module]) -> nn.Module:
+    """The network that `make` makes, without numbers in its weights (on the "meta" device) where that is safe.
+
+    Billions of random numbers are then not drawn only to be overwritten. Safe is a network all of whose tensors are in its
+    state, under one name each: loading that leaves nothing out.
+    """
+    try:
+        with torch.device("meta"):
+            network = make()
+    except (RuntimeError, NotImplementedError):  # it looks at numbers while it is made
+        return make()
+    held = [id(tensor) for tensor in network.state_dict(keep_vars=True).values()]
+    parts = [part for module in network.modules() for part in _tensors_of(module)]
+    return network if sorted(held) == sorted(parts) and len(set(held)) == len(held) else make()
+
+
+def _tensors_of(module: nn.Module) -> list[int]:
+    """Parameters, buffers and other tensors that a module itself holds, by identity."""
+    own = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+    return [id(value) for value in own if isinstance(value, Tensor)]
+
+
+def load_weights(network: nn.Module, tensors: dict[str, Tensor], where: str, *, types: bool = False) -> None:
+    """Load a state dict, naming the first key that does not fit; with `types` the network takes its types, too.
 
     Raises:
         ValueError: names or shapes differ.
@@ -79,6 +103,13 @@ def load_weights(network: nn.Module, tensors: dict[str, Tensor], where: str) -> 
             raise ValueError(
                 f"{where}: {name} has shape {tuple(tensors[name].shape)}, the network {tuple(own[name].shape)}"
             )
+    if any(value.is_meta for value in own.values()):
+        # Copies: a file's tensors may be windows into it, and it may change.
+        network.load_state_dict({name: value.clone() for name, value in tensors.items()}, assign=True)
+        return
+    found = {value.dtype for value in tensors.values() if value.is_floating_point()}
+    if types and len(found) == 1:
+        network.to(found.pop())
     network.load_state_dict(tensors)
 
 

@@ -99,7 +99,7 @@ class EDMHeun(_PathStep):
             return StepResult(new, None, None, (slope,))
         other = field(new, t + dt)
         there = self._ends(new, t + dt, other)
-        if self._clean(t, noise=True):
+        if self._clean(t, noise=True) or self._clean(t + dt, noise=True):
             mean = (here.data - here.noise + there.data - there.noise) / 2
             time, end = a / (a + s), alpha / (alpha + sigma)
             new = (alpha + sigma) * (x / (a + s) + (end - time) * mean)
@@ -188,7 +188,13 @@ class DPMSolver(_PathStep):
     order = 2
 
     def start(self, field: CountedField, x: Tensor, t: Any, dt: Any, slope: Tensor | None = None) -> _Past | None:
-        """Nothing is known yet."""
+        """Nothing is known yet.
+
+        Raises:
+            ValueError: from the data end, where the data prediction says nothing.
+        """
+        if dt < 0:
+            raise ValueError("method: dpm-solver runs from noise to data; invert with ddim, edm or heun")
         return None
 
     def __call__(self, field: CountedField, x: Tensor, t: Any, dt: Any, memory: _Past | None) -> StepResult:

@@ -19,6 +19,7 @@ from pantarhei.data.pickles import load_weights
 from pantarhei.files import read_json
 from pantarhei.flow import Flow, Provenance
 from pantarhei.flow.flow import Codec
+from pantarhei.flow.pretrained import unfilled
 from pantarhei.flow.provenance import DISTILLED
 from pantarhei.interop.diffusers_codec import LatentCodec
 from pantarhei.interop.diffusers_schedulers import BETAS, FILE, path_of, read_scheduler
@@ -134,12 +135,16 @@ def read(
         found = _layout(where, base, scheduler, averaged)
     beta = schedule or student.get("schedule")
     if beta is not None:
-        if beta not in BETAS:
-            raise ValueError(unknown("schedule", beta, BETAS))
-        found = replace(found, scheduler={**found.scheduler, "beta_schedule": beta})
+        found = replace(found, scheduler=_rescheduled(found.scheduler, beta))
+    elif where.is_file() and scheduler is None and found.scheduler["_class_name"] != FLOW_SCHEDULER:
+        warnings.warn(
+            f"{where.name}: its name tells no schedule of beta, so {found.scheduler['beta_schedule']}, that of its base, is "
+            "taken; another one (schedule=) would ruin its samples silently",
+            stacklevel=2,
+        )
     config, model = _model(found, null_label, size, variant, dtype, weights=not where.is_file())
     if where.is_file():
-        _load_bare(model, load_weights(where) if content is None else content, str(where))
+        _load_bare(model, load_weights(where) if content is None else content, str(where), dtype)
     network = DiffusersNetwork(config, model).eval()
     path, prediction = path_of(found.scheduler)
     names, nulls = network.condition_names, network.nulls()
@@ -171,9 +176,7 @@ def with_schedule(flow: Flow, schedule: str) -> Flow:
     network = flow.network
     if not isinstance(network, DiffusersNetwork) or network.config.clock != "numbered":
         raise ValueError("flow: only a numbered diffusion model of diffusers has a schedule to change")
-    if schedule not in BETAS:
-        raise ValueError(unknown("schedule", schedule, BETAS))
-    scheduler = {**network.config.scheduler, "beta_schedule": schedule}
+    scheduler = _rescheduled(network.config.scheduler, schedule)
     path, prediction = path_of(scheduler)
     return Flow(
         network.rescheduled(scheduler),
@@ -188,13 +191,53 @@ def with_schedule(flow: Flow, schedule: str) -> Flow:
     )
 
 
-def attach(flow: Flow) -> Flow:
-    """Give a flow that was saved without its autoencoder that of its pipeline, where this is still there."""
-    base = flow.provenance.notes.get("pipeline")
-    if flow.codec is None and base is not None and isinstance(flow.network, DiffusersNetwork):
-        flow.codec = _codec(Path(base))
-        if not Path(base).is_dir():
-            warnings.warn(f"the pipeline {base} is not there: samples stay latents, and prompts cannot be read")
+def _rescheduled(scheduler: Mapping[str, Any], schedule: str) -> dict[str, Any]:
+    """Settings of a scheduler with another schedule; betas that its file lists would go before any schedule.
+
+    Raises:
+        ValueError: an unknown schedule.
+    """
+    if schedule not in BETAS:
+        raise ValueError(unknown("schedule", schedule, BETAS))
+    return {**scheduler, "beta_schedule": schedule, "trained_betas": None}
+
+
+def attach(flow: Flow, base: str | Path | None = None, *, codec: bool = True) -> Flow:
+    """Give a flow that was saved without its pipeline's parts these parts again, in place.
+
+    Args:
+        flow: any flow; without `base`, one that never had a pipeline stays as it is.
+        base: where the pipeline is now; by default where it was. Its text encoders then read the prompts, too.
+        codec: take its autoencoder.
+
+    Returns:
+        The flow. Where the pipeline is no longer there, a warning says what cannot be done.
+
+    Raises:
+        FileNotFoundError: there is no folder `base`, or it has no tokenizers though the flow reads prompts.
+        ValueError: the flow has no use for a pipeline, or its prompts are those of another one.
+    """
+    network, notes = flow.network, flow.provenance.notes
+    if base is not None:
+        if not isinstance(network, DiffusersNetwork):
+            raise ValueError(f"base: only a model of diffusers has a pipeline, this is a {type(network).__name__}")
+        folder = Path(base).resolve()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"base: there is no folder {folder}")
+        if network.config.text is not None:
+            null, before = network.move_text(folder).nulls()["tokens"], flow.null.get("tokens")
+            if isinstance(before, Tensor) and not torch.equal(torch.as_tensor(null), before.cpu()):
+                raise ValueError(f"base: {folder} turns prompts into other tokens than the pipeline of this flow did")
+        flow.provenance = replace(flow.provenance, notes={**notes, "pipeline": str(folder)})
+    place = flow.provenance.notes.get("pipeline")
+    if codec and flow.codec is None and place is not None and isinstance(network, DiffusersNetwork):
+        flow.codec = _codec(Path(place))
+        if not Path(place).is_dir():
+            warnings.warn(
+                f"the pipeline {place} is not there: samples stay latents, and prompts cannot be read; if it was moved, "
+                "give base=",
+                stacklevel=3,
+            )
     return flow
 
 
@@ -257,7 +300,7 @@ def _layout(folder: Path, base: str | Path | None, scheduler: Any, averaged: boo
 def _model(
     found: Layout, null_label: int | None, size: int | None, variant: str | None, dtype: torch.dtype, *, weights: bool
 ) -> tuple[DiffusersConfig, Any]:
-    """The model and how it is read; with `weights` false the weights are still random."""
+    """The model and how it is read; with `weights` false the weights are still to be loaded."""
     settings = read_json(found.model / CONFIG)
     name = str(settings.get("_class_name"))
     if name not in MODELS:
@@ -266,11 +309,11 @@ def _model(
     if weights:
         model = _pretrained(kind, found.model, variant, dtype)
     else:
-        model = kind.from_config(settings)
-        model = model if dtype == torch.float32 else model.to(dtype)
+        model = unfilled(lambda: kind.from_config(settings))
     flow_matching = found.scheduler["_class_name"] == FLOW_SCHEDULER
     texts = found.base is not None and name != "UNet2DModel" and any(found.base.glob("tokenizer*"))
     index = found.index or (read_json(found.base / INDEX) if found.base and (found.base / INDEX).is_file() else {})
+    empty_is_zero = settings.get("addition_embed_type") == "text_time"  # the default of SDXL's pipeline
     config = DiffusersConfig(
         model=name,
         settings=dict(model.config),
@@ -278,7 +321,7 @@ def _model(
         count=int(found.scheduler["num_train_timesteps"]),
         scheduler=found.scheduler,
         text=str(found.base) if texts else None,
-        zero_null=bool(index.get("force_zeros_for_empty_prompt", False)),
+        zero_null=bool(index.get("force_zeros_for_empty_prompt", empty_is_zero)),
         null_label=null_label,
     )
     if config.settings.get("addition_embed_type") == "text_time":
@@ -306,7 +349,7 @@ def _pretrained(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype
     return model
 
 
-def _load_bare(model: Any, weights: Mapping[str, Any], where: str) -> None:
+def _load_bare(model: Any, weights: Mapping[str, Any], where: str, dtype: torch.dtype) -> None:
     own = model.state_dict()
     for name in [*own, *weights]:
         if name not in own or name not in weights:
@@ -316,7 +359,8 @@ def _load_bare(model: Any, weights: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {name} has shape {got}, the model in base {tuple(own[name].shape)}")
         if not bool(weights[name].isfinite().all()):
             raise ValueError(f"{where}: {name} holds NaN or infinity")
-    model.load_state_dict(weights)
+    ready = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True) for k, v in weights.items()}
+    model.load_state_dict(ready, assign=True)
 
 
 def _shape(config: DiffusersConfig, size: int | None) -> tuple[int, int, int]:

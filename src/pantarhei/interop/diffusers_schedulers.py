@@ -10,7 +10,7 @@ from pantarhei.files import read_json
 from pantarhei.flow.paths import AffinePath, Linear, Numbered
 from pantarhei.flow.predictions import Angular, Data, Elsewhere, Noise, Prediction, Velocity
 from pantarhei.naming import unknown
-from pantarhei.networks.diffusers_models import FLOW_SCHEDULER, ddim_settings, import_diffusers, plain
+from pantarhei.networks.diffusers_models import BETAS, FLOW_SCHEDULER, ddim_settings, import_diffusers, plain
 
 FILE = "scheduler_config.json"
 NUMBERED = (
@@ -26,7 +26,6 @@ NUMBERED = (
     "UniPCMultistepScheduler",
     "DEISMultistepScheduler",
 )
-BETAS = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}  # their names, and ours
 PREDICTIONS: dict[str, type[Prediction]] = {"epsilon": Noise, "v_prediction": Angular, "sample": Data}
 
 

@@ -37,7 +37,7 @@ def write(
         flow: around a `DiffusersNetwork`.
         folder: new, or written before.
         guidance: scale at inference, for the card; by default that in the notes of its provenance.
-        steps: their number, for the card; likewise.
+        steps: their number, for the card; likewise (of a student with phases their number).
         licence: of these weights; by default the teacher's, in the notes.
         complete: copy tokenizers, text encoders and autoencoder from the pipeline that the model came with.
 
@@ -93,7 +93,9 @@ def model_card(
     teachers = notes.get("teacher_licence", notes.get("licence"))
     known = licence or teachers
     teacher = provenance.teacher or (Path(notes["pipeline"]).name if "pipeline" in notes else "")
-    guided, taken = guidance or notes.get("guidance"), steps or notes.get("steps")
+    guided = notes.get("guidance") if guidance is None else guidance
+    taken = steps or notes.get("steps") or notes.get("sampling_steps")
+    phases = notes.get("phases")  # their bounds, of a student trained here
     origin = flow.prediction.prediction if isinstance(flow.prediction, Elsewhere) else flow.prediction
     rows = {
         "scheduler": _scheduler_in_words(scheduler),
@@ -102,7 +104,8 @@ def model_card(
         "guidance at inference": guided,
         "guidance in the pairs": notes.get("guidance_in_pairs"),
         "rectified": f"{provenance.rectified}x" if provenance.rectified else None,
-        "phases": notes.get("phases"),
+        "guidance of the teacher": notes.get("guidance_of_teacher"),
+        "phases": len(phases) - 1 if isinstance(phases, (list, tuple)) else phases,
         "pairs": notes.get("pairs"),
         "teacher": teacher or None,
         "licence of the teacher": (teachers or "not stated in its card") if teacher else None,

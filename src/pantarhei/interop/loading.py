@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from pantarhei.files import read_json, read_tensors
+from pantarhei.files import read_json
 from pantarhei.flow import Flow
 from pantarhei.flow.pretrained import SPEC, build_network, from_pretrained, load_weights
 from pantarhei.interop import diffusers, edm, score_sde, sit
@@ -24,6 +24,7 @@ def load(
     network: nn.Module | None = None,
     checkpoint: Literal["newest", "best"] | int = "newest",
     averaged: bool = True,
+    base: str | Path | None = None,
     **overrides: Any,
 ) -> Flow:
     """Open a flow.
@@ -31,27 +32,29 @@ def load(
     Args:
         where: a run folder, a folder written by `Flow.save_pretrained`, or a checkpoint file of the rectified flow
             authors (`.pth`), of SiT (`.pt`), or of EDM and rectified flow++ (`.pkl`, `.pth`); weights may also be
-            safetensors. Also a folder of diffusers, or the weights of one of its models with `base=`, the folder of its
-            pipeline (see `interop.diffusers.read`).
+            safetensors. Also a folder of diffusers, or the weights of one of its models (see `interop.diffusers.read`).
         network: needed where the network is not one of ours; the weights are loaded into it.
         checkpoint: of a run: the newest, the best by validation, or an iteration.
         averaged: take the moving average where there is one.
+        base: of a model of diffusers, the folder of the pipeline that it belongs to. Bare weights need it; a run or a saved
+            flow does where its pipeline is no longer where it was.
         overrides: what a saved flow cannot hold (source, path, codec); of a file, what it does not say (`rectified`,
             `size`, `heads`: see `read` of `interop.score_sde`, `interop.sit` and `interop.edm`).
 
     Raises:
         FileNotFoundError: there is nothing to load, or no such checkpoint.
-        ValueError: a file is damaged, or the weights do not fit.
+        ValueError: a file is damaged, the weights do not fit, or `base` is given to what has no pipeline.
     """
     folder = Path(where)
+    based: dict[str, Any] = {} if base is None else {"base": base}
     if folder.is_file():
-        return _read_file(folder, averaged=averaged, **overrides)
+        return _read_file(folder, averaged=averaged, **based, **overrides)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder or file {folder}")
     if (folder / SPEC).is_file():
-        return _with_codec(from_pretrained(folder, network, **overrides), overrides)
+        return diffusers.attach(from_pretrained(folder, network, **overrides), base, codec="codec" not in overrides)
     if not (folder / CONFIG).is_file() and diffusers.recognise(folder):
-        return diffusers.read(folder, averaged=averaged, **overrides)
+        return diffusers.read(folder, averaged=averaged, **based, **overrides)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} is neither a run folder (no {CONFIG}) nor a saved flow (no {SPEC})")
     run = Run.open(folder)
@@ -59,18 +62,15 @@ def load(
     if "flow" not in task:
         raise ValueError(f"{folder} is not the run of a flow")
     chosen = find_checkpoint(run, checkpoint)
-    tensors = read_tensors(chosen / checkpoints.MODEL)
+    tensors = checkpoints.network_tensors(chosen)
     prefix = (
         "average.network." if averaged and any(k.startswith("average.network.") for k in tensors) else "flow.network."
     )
-    network = build_network(task["network"], network, str(folder))
+    built = build_network(task["network"], network, str(folder))
     own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    load_weights(network, own, str(chosen / checkpoints.MODEL))
-    return _with_codec(Flow.from_spec(task["flow"], network.eval(), **overrides), overrides)
-
-
-def _with_codec(flow: Flow, overrides: dict[str, Any]) -> Flow:
-    return flow if "codec" in overrides else diffusers.attach(flow)
+    load_weights(built, own, str(chosen / checkpoints.MODEL), types=network is None)
+    flow = Flow.from_spec(task["flow"], built.eval(), **overrides)
+    return diffusers.attach(flow, base, codec="codec" not in overrides)
 
 
 def _read_file(path: Path, **options: Any) -> Flow:

@@ -33,19 +33,30 @@ def add_peft(
         ImportError: peft is not installed.
         ValueError: the network has adapters already, a number is below 1, or no layer has such a name.
     """
-    if network.config.adapter is not None:
-        raise ValueError("network: it has adapters already; merge them first (merge_peft)")
-    if rank < 1:
-        raise ValueError(f"rank: must be at least 1, got {rank}")
+    _check(network, rank)
+    return adapt(copy.deepcopy(network), rank, alpha, targets)
+
+
+def adapt(
+    network: DiffusersNetwork, rank: int = 16, alpha: float | None = None, targets: Sequence[str] = TARGETS
+) -> DiffusersNetwork:
+    """Give a network low-rank adapters where it stands, and freeze the rest of it; else as `add_peft`."""
+    _check(network, rank)
     adapter: dict[str, Any] = {
         "rank": int(rank),
         "alpha": float(rank if alpha is None else alpha),
         "targets": list(targets),
     }
-    adapted = copy.deepcopy(network)
-    inject(adapted.model, **adapter)
-    adapted.config = replace(network.config, adapter=adapter)
-    return adapted
+    inject(network.model, **adapter)
+    network.config = replace(network.config, adapter=adapter)
+    return network.requires_grad_(True)
+
+
+def _check(network: DiffusersNetwork, rank: int) -> None:
+    if network.config.adapter is not None:
+        raise ValueError("network: it has adapters already; merge them first (merge_peft)")
+    if rank < 1:
+        raise ValueError(f"rank: must be at least 1, got {rank}")
 
 
 def merge_peft(network: DiffusersNetwork) -> DiffusersNetwork:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,8 @@ from pantarhei.networks.text_encoders import TextEncoders, TextKind
 
 MODELS = ("UNet2DModel", "UNet2DConditionModel", "SD3Transformer2DModel")
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+BETAS = {"linear": "linear", "scaled_linear": "scaled-linear", "squaredcos_cap_v2": "cosine"}  # their names, and ours
+HALVES = (torch.float16, torch.bfloat16)
 # What decides the path and the prediction of a numbered model; all else in a scheduler's file is about its own sampler.
 PATH_SETTINGS = (
     "num_train_timesteps",
@@ -72,6 +75,9 @@ class DiffusersConfig:
 class DiffusersNetwork(nn.Module):
     """`forward(x, t, **conditions)` of a diffusers model, in our conventions.
 
+    A model in half precision may be asked in float32: states and output keep their type, so that a sampler's small steps
+    do not get lost in rounding.
+
     Conditions, by the model: `label` (B,) int64 of a UNet with classes; of a UNet with cross-attention and of SD3 either
     `tokens` (B, L), as `tokenize` gives them, or `text` (B, L, D), with `pooled` (B, P) where the model reads that; of SDXL
     also `time_ids` (B, 6), by default those of the configuration.
@@ -92,15 +98,7 @@ class DiffusersNetwork(nn.Module):
         self.config = config
         self.model: Any = model
         _check(self.model, config)
-        self._text: TextEncoders | None = None
-        if config.text is not None:
-            self._text = TextEncoders(
-                config.text,
-                self._text_kind,
-                width=int(config.settings.get("joint_attention_dim") or 0),
-                length=config.text_length,
-                zero_null=config.zero_null,
-            )
+        self._text = self._text_encoders()
         table = getattr(self.model, "class_embedding", None)
         if isinstance(table, nn.Embedding) and not isinstance(table, _ClassTable):
             self.model.class_embedding = _ClassTable(table)
@@ -138,6 +136,39 @@ class DiffusersNetwork(nn.Module):
         other._text = self._text
         return other.train(self.training)
 
+    def follow(self, path: Mapping[str, Any]) -> DiffusersNetwork:
+        """Let the model's own scheduler have the betas of a numbered path, given as its `spec()`. In place.
+
+        Raises:
+            ValueError: a flow-matching model, which has none.
+        """
+        if self.config.clock != "numbered":
+            raise ValueError("path: a flow-matching model has no schedule of beta")
+        betas = path.get("betas")
+        scheduler = {
+            **self.config.scheduler,
+            "num_train_timesteps": int(path["count"]),
+            "beta_start": path["beta_min"],
+            "beta_end": path["beta_max"],
+            "beta_schedule": next(theirs for theirs, ours in BETAS.items() if ours == path["schedule"]),
+            "trained_betas": None if betas is None else list(betas),
+            "rescale_betas_zero_snr": bool(path["zero_snr"]),
+        }
+        self.config = replace(self.config, scheduler=scheduler)
+        return self
+
+    def move_text(self, folder: str | Path) -> DiffusersNetwork:
+        """Read prompts with the tokenizers and text encoders in another pipeline's folder, or the same one moved. In place.
+
+        Raises:
+            FileNotFoundError: there are none.
+        """
+        if not any(Path(folder).glob("tokenizer*")):
+            raise FileNotFoundError(f"{folder} has no folder tokenizer: it turns no prompts into tokens")
+        self.config = replace(self.config, text=str(folder))
+        self._text = self._text_encoders()
+        return self
+
     # Conditions
 
     @property
@@ -165,6 +196,15 @@ class DiffusersNetwork(nn.Module):
         """
         return self._encoders().tokenize(prompts)
 
+    def _text_encoders(self) -> TextEncoders | None:
+        config = self.config
+        if config.text is None:
+            return None
+        width = int(config.settings.get("joint_attention_dim") or 0)
+        return TextEncoders(
+            config.text, self._text_kind, width=width, length=config.text_length, zero_null=config.zero_null
+        )
+
     def _encoders(self) -> TextEncoders:
         if self._text is None:
             raise ValueError("prompts: this network has no text encoders; read it with its pipeline's folder")
@@ -179,13 +219,18 @@ class DiffusersNetwork(nn.Module):
     def _call(self, x: Tensor, time: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """The raw output at the model's own time."""
         time = time.expand(x.shape[0]) if time.ndim == 0 else time
+        asked, own = x.dtype, next(self.model.parameters()).dtype
+        if own in HALVES:
+            x = x.to(own)
+            conditions = {k: v.to(own) if v.is_floating_point() else v for k, v in conditions.items()}
         if self.config.model == "UNet2DModel":
             label = conditions.get("label")
             output = self.model(x, time, class_labels=label).sample
         else:
             output = self._conditioned(x, time, conditions)
         # Models with a learned variance put it behind the prediction.
-        return output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] else output
+        output = output[:, : x.shape[1]] if output.shape[1] == 2 * x.shape[1] else output
+        return output.to(asked) if own in HALVES else output
 
     def _conditioned(self, x: Tensor, time: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         text, pooled = conditions.get("text"), conditions.get("pooled")
@@ -312,6 +357,7 @@ def _check(model: Any, config: DiffusersConfig) -> None:
     }
     if config.model == "UNet2DConditionModel":
         wanted["num_class_embeds"] = (None,)
+        wanted["time_cond_proj_dim"] = (None,)  # of distilled models that read the guidance as an embedding
     for name, known in wanted.items():
         if settings.get(name) not in known:
             raise ValueError(f"model: {name} {settings[name]!r} is not known here, only {' or '.join(map(str, known))}")

@@ -67,10 +67,20 @@ def add_lora(network: nn.Module, rank: int, alpha: float | None = None, targets:
 
 
 def merge_lora(network: nn.Module) -> nn.Module:
-    """Put the additions into the weights; the network is then a plain one again. In place."""
+    """Put the additions into the weights; the network is then a plain one again. In place.
+
+    Its parameters are new ones: those below the additions may be shared with an average or a network that it follows.
+    """
     for layer in list(network.modules()):
         if parametrize.is_parametrized(layer, "weight"):
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+            merged = nn.Parameter(getattr(layer, "weight").detach())  # noqa: B009 - any layer may have one
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            layer.weight = merged
+    own: dict[int, nn.Parameter] = {}
+    for layer in network.modules():
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            new = own.setdefault(id(parameter), nn.Parameter(parameter.detach().clone()))
+            setattr(layer, name, new)
     network.lora = None  # type: ignore[assignment]
     return network.requires_grad_(True)
 

@@ -6,7 +6,7 @@ They belong to a network but are no part of it: no weights of theirs are trained
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,7 +33,8 @@ class Encoded(NamedTuple):
 class TextEncoders:
     """The tokenizers and text encoders in a pipeline's folder; loaded when they are first asked.
 
-    A prompt's token ids are those of all tokenizers, one after another: (B, L1 + L2 + ...).
+    A prompt's token ids are those of all tokenizers, one after another: (B, L1 + L2 + ...). The encoders are as wide as the
+    widest type that was asked of them: a float32 student does not read its half-precision teacher's rounded embeddings.
 
     Args:
         folder: of the pipeline, with `tokenizer`, `text_encoder`, and the same with `_2` and `_3`.
@@ -55,7 +56,9 @@ class TextEncoders:
         self._tokenizers: list[Any] = []
         self._encoders: list[Any] = []
         self._null: Tensor | None = None
+        self._dtype = torch.float32  # of the encoders, once they are loaded
         self._kept: OrderedDict[Any, Encoded] = OrderedDict()
+        self._seen: deque[tuple[Tensor, int, torch.dtype, Encoded]] = deque(maxlen=KEPT_BATCHES)
 
     def __deepcopy__(self, memo: Any) -> TextEncoders:
         return self  # an average or a student reads the same prompts through the same frozen encoders
@@ -91,6 +94,17 @@ class TextEncoders:
         Raises:
             ValueError: the rows have another length than `tokenize` gives.
         """
+        if tokens.is_inference():  # such tensors do not say whether they have been changed
+            return self._encode(tokens, dtype)
+        # A sampler brings the same tensor at every step; to look at its numbers would be to wait for the GPU each time.
+        for seen, version, kind, kept in self._seen:
+            if seen is tokens and version == tokens._version and kind == dtype:
+                return kept
+        found = self._encode(tokens, dtype)
+        self._seen.append((tokens, tokens._version, dtype, found))
+        return found
+
+    def _encode(self, tokens: Tensor, dtype: torch.dtype) -> Encoded:
         key = (tuple(tokens.shape), tokens.device, dtype, tokens.cpu().numpy().tobytes())
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -111,8 +125,11 @@ class TextEncoders:
         return result
 
     def _embed(self, tokens: Tensor, dtype: torch.dtype) -> Encoded:
-        if not self._encoders:
-            self._encoders = self._load_encoders(dtype)
+        wider = torch.promote_types(self._dtype, dtype)
+        if not self._encoders or wider != self._dtype:
+            self._dtype = wider if self._encoders else dtype
+            self._encoders = []  # not two sets of them at once
+            self._encoders = self._load_encoders(self._dtype)
         parts = tokens.split(self._lengths(), dim=1)
         outputs: list[Any] = [
             encoder.to(tokens.device)(part, output_hidden_states=True)
@@ -146,6 +163,8 @@ class TextEncoders:
             if folder.is_dir():
                 kind = "T5TokenizerFast" if suffix == "_3" else "CLIPTokenizer"
                 loaded.append(getattr(transformers, kind).from_pretrained(folder, local_files_only=True))
+        if not loaded and not self.folder.is_dir():
+            raise FileNotFoundError(f"the pipeline {self.folder}, which reads the prompts, is not there; give base=")
         if not loaded:
             raise FileNotFoundError(f"{self.folder} has no folder tokenizer: it turns no prompts into tokens")
         return loaded

@@ -14,7 +14,8 @@ def write_card(run: Run, result: TrainResult, *, notes: str = "") -> Path:
     config = run.config
     flow, network, loop = config["task"]["flow"], config["task"]["network"], config["loop"]
     provenance = flow["provenance"]
-    steps = provenance["notes"].get("steps", 1 if provenance["rectified"] else 50)
+    noted = provenance["notes"]
+    steps = noted.get("steps", noted.get("sampling_steps", 1 if provenance["rectified"] else 50))
     verb = "invert" if provenance["notes"].get("direction") else "sample"
     lines = [
         f"# {run.folder.name}",
@@ -33,7 +34,9 @@ def write_card(run: Run, result: TrainResult, *, notes: str = "") -> Path:
     if provenance["teacher"]:
         lines.append(f"| teacher | {provenance['teacher']} (its licence applies to what it made) |")
     for key, value in provenance["notes"].items():
-        lines.append(f"| {key.replace('_', ' ')} | {value} |")
+        # Phases are noted by their bounds.
+        shown = len(value) - 1 if key == "phases" and isinstance(value, (list, tuple)) else value
+        lines.append(f"| {key.replace('_', ' ')} | {shown} |")
     lines += [
         "",
         "```bash",

@@ -19,6 +19,7 @@ from pantarhei.files import read_json, write_json
 from pantarhei.flow import Flow, on_path
 from pantarhei.flow.metrics import Premetric
 from pantarhei.flow.numbered import Conditions, numbered_conditions, numbered_source
+from pantarhei.flow.pretrained import fingerprint
 from pantarhei.interop import load
 from pantarhei.recipes.comparison_rows import Comparison, Judge, Row, file_name
 from pantarhei.recipes.evaluation import Reference
@@ -35,7 +36,7 @@ from pantarhei.straighten import (
 )
 from pantarhei.straighten.first_order import clean_end
 from pantarhei.straighten.pairs import pair_stream
-from pantarhei.straighten.rectified_flow_plus_plus import linear_student
+from pantarhei.straighten.rectified_flow_plus_plus import linear_student, name_of
 from pantarhei.training import FlowTask, Optimization, train
 
 PAIR_SHARE = 0.4  # of the budget, at most, that goes into pairs
@@ -73,6 +74,7 @@ class Arm:
         pairs: whether it needs pairs.
         samplers: name -> options of `Flow.sample` for a number of evaluations.
         applies: why it does not, or None.
+        least, most: numbers of evaluations that it is trained for.
     """
 
     name: str
@@ -80,10 +82,15 @@ class Arm:
     pairs: bool = True
     samplers: tuple[str, ...] = ("ddim",)
     applies: Callable[[Flow], str | None] = lambda flow: None
+    least: int = 1
+    most: int = 1_000
 
 
-def trained_arms(data: tuple[Source, Source], perceptual: Premetric | None, dropout: float) -> tuple[Arm, ...]:
-    """The methods, each with the settings its paper recommends."""
+def trained_arms(data: tuple[Source, Source], perceptual: Premetric | None) -> tuple[Arm, ...]:
+    """The methods, each with the settings its paper recommends.
+
+    Conditions are never dropped: students are compared without further guidance, where that is pure loss.
+    """
 
     def optimization(budget: Budget) -> dict[str, Any]:
         return {"optimization": Optimization(lr=budget.lr, warmup=50, decay="cosine"), "average": budget.average}
@@ -101,7 +108,7 @@ def trained_arms(data: tuple[Source, Source], perceptual: Premetric | None, drop
 
     def rectified_diffusion(flow: Flow, pairs: PairSource | None, budget: Budget) -> FlowTask:
         assert pairs is not None
-        return rectified_diffusion_task(flow, pairs, dropout=dropout if flow.null else 0.0, **optimization(budget))
+        return rectified_diffusion_task(flow, pairs, **optimization(budget))
 
     def phased(flow: Flow, pairs: PairSource | None, budget: Budget) -> FlowTask:
         return phased_task(flow, data[0], held_out=data[1], guidance=budget.solver.guidance, **optimization(budget))
@@ -119,8 +126,8 @@ def trained_arms(data: tuple[Source, Source], perceptual: Premetric | None, drop
         Arm("rectified flow (reflow)", reflow, samplers=both),
         Arm("rectified flow++", plus_plus(None), samplers=both),
         Arm("rectified diffusion", rectified_diffusion),
-        Arm("phased (4)", phased, pairs=False),
-        Arm("distilled to 1 step", distil, applies=only_linear),
+        Arm("phased (4)", phased, pairs=False, least=4),
+        Arm("distilled to 1 step", distil, applies=only_linear, most=1),
     ]
     if perceptual is not None:
         name = getattr(perceptual, "name", "perceptual")
@@ -140,7 +147,6 @@ def compare(
     seed: int = 0,
     conditions: Conditions | Source | None = None,
     perceptual: Premetric | None = None,
-    label_dropout: float = 0.1,
     methods: Sequence[str] = (),
     name: str = "",
     batch: int = 256,
@@ -162,7 +168,6 @@ def compare(
         seed: of everything that is drawn.
         conditions: see `numbered_conditions`.
         perceptual: adds rectified flow++ with it.
-        label_dropout: of conditional students.
         methods: parts of the names of the trained methods to run; all by default.
         name: of the teacher.
         batch: rows sampled at a time.
@@ -182,12 +187,22 @@ def compare(
     if not getattr(teacher.source, "gaussian", False):
         raise ValueError("teacher: the methods compared here start from noise")
     out = Path(out)
-    arms = trained_arms(data, perceptual, label_dropout)
+    arms = trained_arms(data, perceptual)
     for wanted in methods:
         if not any(wanted in arm.name for arm in arms):
             raise ValueError(f"methods: {wanted!r} is none of {', '.join(arm.name for arm in arms)}")
     arms = tuple(a for a in arms if not methods or any(wanted in a.name for wanted in methods))
-    setting = {"budget": asdict(budget), "count": count, "seed": seed, "guidance": budget.solver.guidance}
+    if loop.get("devices", 1) * loop.get("nodes", 1) > 1:
+        raise ValueError("devices: a comparison runs in one process")
+    setting = {
+        "budget": asdict(budget),
+        "count": count,
+        "seed": seed,
+        "teacher": fingerprint(teacher.network),
+        "data": [part.describe().get("name", "") for part in data],
+        "extractor": reference.extractor.name,
+        "perceptual": None if perceptual is None else name_of(perceptual),
+    }
     _check_setting(out / "setting.json", setting)
     judge = Judge(teacher, reference, budget.solver, count, seed, conditions, batch)
     rows: list[Row] = []
@@ -208,7 +223,7 @@ def compare(
         student, used = _trained(arm, teacher, pairs, folder, budget, charged, seed, loop, say)
         for sampler in arm.samplers:
             for number in evaluations:
-                if sampler == "reinterpolate" and number <= 2:
+                if not arm.least <= number <= arm.most or (sampler == "reinterpolate" and number <= 2):
                     continue  # the start noise is the present one in the first step, and the last step needs none
                 options = {"steps": number, "method": sampler, "final": clean_end(student)}
                 rows.append(judge.row(arm.name, sampler, number, student, options, charged + used, out))
@@ -221,6 +236,7 @@ def compare(
         "pairs": 0 if pairs is None else len(pairs),
         "pair_minutes": pair_minutes,
         "evaluations": list(evaluations),
+        "guidance": budget.solver.guidance,
         "count": count,
         "seed": seed,
         "skipped": skipped,
@@ -247,15 +263,10 @@ def _free_arms(
         yield "DDIM, own grid", "ddim", number, (teacher, {"steps": number, "method": "ddim", **clean})
         yield "Euler, linear path", "euler", number, (moved, {"steps": number, "method": "euler", **clean})
         if number > 1:
-            yield (
-                "DPM-Solver++ (2M)",
-                "dpm-solver",
-                number,
-                (
-                    teacher,
-                    {"steps": number, "method": "dpm-solver", "grid": _levels(teacher, number), **clean},
-                ),
-            )
+            own = {"steps": number, "method": "dpm-solver", "grid": _levels(teacher), **clean}
+            yield "DPM-Solver++ (2M), own grid", "dpm-solver", number, (teacher, own)
+            even = {"steps": number, "method": "dpm-solver", **clean}
+            yield "DPM-Solver++ (2M), linear path", "dpm-solver", number, (moved, even)
             grid = tuned_grid(moved, number, x0, condition=condition, guidance=guidance)
             yield "tuned grid", "ddim", number, (moved, {"steps": grid, "method": "ddim", **clean})
         if number > 2:
@@ -264,15 +275,16 @@ def _free_arms(
 
 
 def _evaluations(options: dict[str, Any]) -> int:
-    """Evaluations of a sample with a clean end: one a step, but two a step of Heun's method before the last."""
+    """Rows of a sample that the network sees, with a clean end: one a step, but two a step of Heun's before the last."""
     steps = options["steps"]
     count = steps if isinstance(steps, int) else len(steps) - 1
-    return 2 * count - 1 if options["method"] == "edm" else count
+    rows = 1 if options["guidance"] == 1.0 else 2  # guidance asks for two rows at once
+    return rows * (2 * count - 1 if options["method"] == "edm" else count)
 
 
-def _levels(flow: Flow, steps: int) -> str:
-    """The grid of a multistep method: even in log(alpha / sigma), or EDM's own where that is the path."""
-    return "uniform" if flow.path.spec()["name"] == "edm" else "logsnr"
+def _levels(flow: Flow) -> str:
+    """The grid of a multistep method: even in log(alpha / sigma), but even in t on EDM's path and the linear one."""
+    return "uniform" if flow.path.spec()["name"] in ("edm", "linear") else "logsnr"
 
 
 def _pairs(
@@ -298,9 +310,11 @@ def _pairs(
         known = {"count": count, "minutes": 0.0}
         write_json(note, known)
     began = time.monotonic()
-    store = make_pairs(teacher, known["count"], folder, progress=True, **made)
-    known["minutes"] += (time.monotonic() - began) / 60
-    write_json(note, known)
+    try:
+        store = make_pairs(teacher, known["count"], folder, progress=True, **made)
+    finally:  # what an interrupted session took counts as well
+        known["minutes"] += (time.monotonic() - began) / 60
+        write_json(note, known)
     say(f"pairs: {known['count']:,} in {known['minutes']:.2f} minutes")
     return store, float(known["minutes"])
 
@@ -341,9 +355,10 @@ def _trained(
         **loop,
     }
     task = arm.task(teacher, pairs, budget)
-    began = time.monotonic()
-    train(task, folder, **options)
-    used = (time.monotonic() - began) / 60
+    result = train(task, folder, **options)
+    if result.reason == "interrupted":
+        raise KeyboardInterrupt
+    used = result.seconds / 60  # over all sessions
     write_json(note, {"iterations": iterations, "done": True, "minutes": used})
     student = task.result()
     return student, used

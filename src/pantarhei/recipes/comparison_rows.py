@@ -18,6 +18,7 @@ from pantarhei.flow.numbered import Conditions, numbered_conditions, numbered_so
 from pantarhei.metrics import Interval
 from pantarhei.recipes.evaluation import Reference, features_of
 from pantarhei.report import Table, save_image_grid
+from pantarhei.report.formatting import format_cell
 from pantarhei.straighten import Solver
 
 
@@ -28,7 +29,7 @@ class Row:
     Attributes:
         arm, sampler: what it is.
         asked: number of evaluations that it was allowed.
-        evaluations: that it took, for a sample.
+        evaluations: that it took, for a sample: rows that the network saw, two where there is guidance.
         frechet: distance to the training data in the extractor's features, with its 95 % interval.
         recall: share of the data within reach of the samples.
         gap: mean squared distance per element to the teacher's own samples of the same noise.
@@ -73,15 +74,14 @@ class Comparison:
             minutes = next(iter(own.values())).minutes
             cells = [own[n].frechet if n in own else "-" for n in asked]
             rows.append((arm, sampler, *cells, f"{minutes:.1f}" if minutes else "-"))
-        wide = len(asked) - 1
-        rows.append((f"teacher, {self.teacher_evaluations} NFE", "its own", *["-"] * wide, self.teacher, "-"))
-        rows.append(("held-out data", "-", *["-"] * wide, self.floor, "-"))
         columns = ("method", "sampler", *(f"{n} NFE" for n in asked), "minutes")
+        doubled = "" if self.about["guidance"] == 1.0 else ", with the teacher's guidance twice as many"
         caption = (
             f"Frechet distance (less is better) of {self.about['count']:,} samples from the same noise in every cell. "
             f"Features: {self.extractor}. Brackets: 95 % subsampling interval. Budget of a trained method: "
             f"{self.about['budget_minutes']:g} minutes with its {self.about['pairs']:,} pairs, whose making each is charged "
-            "for. NFE: network evaluations a sample (of Heun's method one less)."
+            f"for. NFE: network evaluations a sample (of Heun's method one less{doubled}). The teacher's own "
+            f"{self.teacher_evaluations} reach {format_cell(self.teacher)}, held-out data {self.floor:.3g}."
         )
         return Table(columns, rows, caption)
 
@@ -116,7 +116,9 @@ class Judge:
         self.named = numbered_conditions(teacher, seed, conditions)
         self.wanted = self.sample(teacher, {**solver.options()})
         calls = [0]
-        handle = teacher.network.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+        handle = teacher.network.register_forward_hook(
+            lambda _, seen, __: calls.__setitem__(0, calls[0] + len(seen[0]))
+        )
         few = self.named(range(1))
         x0 = numbered_source(teacher, seed, range(1), few)
         teacher.sample(x0=x0, condition=few or None, decode=False, **solver.options())

@@ -55,7 +55,8 @@ class StepScores:
     """Scores of the samples of one number of steps.
 
     Attributes:
-        steps, evaluations: steps of the sampler (None under error control), and calls of the field.
+        steps, evaluations: steps of the sampler (None under error control), and rows that the network saw for a sample
+            (with guidance two an evaluation).
         frechet: Frechet distance to the training images in the extractor's features, with an interval.
         kernel: kernel distance (KID) in these features.
         precision, recall: of k-nearest-neighbour manifolds in these features.
@@ -220,7 +221,9 @@ def evaluate_flow(
         for i, number in enumerate(numbers):
             tolerance = {} if rtol is None else {"rtol": rtol, "atol": rtol}
             calls = [0]
-            handle = flow.network.register_forward_hook(lambda *_, calls=calls: calls.__setitem__(0, calls[0] + 1))
+            handle = flow.network.register_forward_hook(
+                lambda _, seen, __, calls=calls: calls.__setitem__(0, calls[0] + len(seen[0]))
+            )
             batches = numbered_samples(
                 flow,
                 range(count),
@@ -236,7 +239,7 @@ def evaluate_flow(
                 samples = join(batches)
             finally:
                 handle.remove()
-            evaluations = calls[0] / -(-count // batch)
+            evaluations = calls[0] / count
             shown.update((i + 1) * count)
             memory = metrics.memorisation_report(samples["x1"], reference.train, reference.held_out)
             rows.append(_score(samples, reference, number, evaluations, memory, seed))

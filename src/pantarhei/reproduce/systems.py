@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pantarhei.reproduce.claims import Experiment
+from pantarhei.reproduce.rectified_diffusion import EXPERIMENTS as RECTIFIED_DIFFUSION
 from pantarhei.reproduce.rectified_flow import EXPERIMENTS as RECTIFIED_FLOW
 from pantarhei.reproduce.rectified_flow_plus_plus import EXPERIMENTS as RECTIFIED_FLOW_PLUS_PLUS
 from pantarhei.reproduce.stochastic_interpolants import EXPERIMENTS as STOCHASTIC_INTERPOLANTS
 
 EXPERIMENTS: dict[str, tuple[Experiment, ...]] = {
+    "rectified-diffusion": RECTIFIED_DIFFUSION,
     "rectified-flow": RECTIFIED_FLOW,
     "rectified-flow-plus-plus": RECTIFIED_FLOW_PLUS_PLUS,
     "stochastic-interpolants": STOCHASTIC_INTERPOLANTS,

@@ -7,8 +7,9 @@ brings its own sampler, ours must give the same samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +25,7 @@ from pantarhei.flow.paths import VP, AffinePath, Numbered
 from pantarhei.flow.predictions import EDMPreconditioned, Prediction, build_prediction
 
 LEVELS = (0.9, 0.75, 0.5, 0.25, 0.1)  # of the noise on the linear path, where all schedules can be compared
+CLEARLY = 0.97  # by how much another schedule must be better to be taken for the right one
 SLACK = 1.1  # what an untrained predictor, a rough estimate or few items may add
 
 
@@ -90,6 +92,13 @@ def check_convention(
         found = _measure(flow, x1, condition, seed)
         if not found.denoises:
             raise WrongConvention(_explain(flow, x1, condition, seed, found))
+        for schedule in _other_paths(flow.path):
+            other = _measure(flow.like(flow.network, path=schedule), x1, condition, seed)
+            if other.denoises and sum(other.errors) < CLEARLY * sum(found.errors):
+                raise WrongConvention(
+                    f"this denoises, but with {_schedule_named(schedule)} the errors at all noise levels sum to "
+                    f"{sum(other.errors):.3g} instead of {sum(found.errors):.3g}: most likely that is its schedule"
+                )
     return replace(found, sampler=_compared(flow, condition, seed, steps, tolerance))
 
 
@@ -135,9 +144,9 @@ def _explain(flow: Flow, x1: Tensor, condition: Any, seed: int, found: Conventio
         f"error {seen}; expected a falling one, at most {found.linear[0]:.2g} to {found.linear[-1]:.2g}"
     )
     best: tuple[float, str] | None = None
-    for cause, other in _suspects(flow):
+    for cause, other, scaled in _suspects(flow):
         try:
-            measured = _measure(other, x1, condition, seed)
+            measured = _measure(other(), scaled(x1), condition, seed)
         except (ValueError, RuntimeError):  # this suspect cannot be asked at these times
             continue
         if measured.denoises:
@@ -148,31 +157,54 @@ def _explain(flow: Flow, x1: Tensor, condition: Any, seed: int, found: Conventio
     return f"{text}. No usual confusion explains it; are these the data it was trained on, scaled to [-1, 1]?"
 
 
-def _suspects(flow: Flow) -> Iterator[tuple[str, Flow]]:
-    """The flow under one other convention each."""
+Suspect = tuple[str, Callable[[], Flow], Callable[[Tensor], Tensor]]
+
+
+def _suspects(flow: Flow) -> Iterator[Suspect]:
+    """The flow under one other convention each, or the data under another scale."""
     network, path, prediction = flow.network, flow.path, flow.prediction
-    yield "the time runs the other way (t = 1 is noise there)", flow.like(_Changed(network, time=lambda t: 1 - t))
-    yield "the output has the other sign (noise - data)", flow.like(_Changed(network, sign=-1.0))
-    both = _Changed(network, time=lambda t: 1 - t, sign=-1.0)
-    yield "time and sign are both reversed (velocity noise - data, t = 1 is noise)", flow.like(both)
+
+    def same(x: Tensor) -> Tensor:
+        return x
+
+    def changed(cause: str, **how: Any) -> Suspect:
+        return cause, lambda: flow.like(_Changed(network, **how)), same
+
+    yield changed("the time runs the other way (t = 1 is noise there)", time=lambda t: 1 - t)
+    yield changed("the output has the other sign (noise - data)", sign=-1.0)
+    yield changed(
+        "time and sign are both reversed (velocity noise - data, t = 1 is noise)", time=lambda t: 1 - t, sign=-1.0
+    )
     for factor in (1000.0, 999.0, 1e-3):
-        changed = _Changed(network, time=lambda t, factor=factor: factor * t)
-        yield f"the scale of the time (the network wants {factor:g} t)", flow.like(changed)
+        cause = f"the scale of the time (the network wants {factor:g} t)"
+        yield changed(cause, time=_times(factor))
     for name in ("velocity", "noise", "data", "v", "edm"):
         other: Prediction = build_prediction(name)
         if type(other) is not type(prediction):
-            yield f"it predicts {name}", flow.like(network, predicts=other)
+            yield f"it predicts {name}", partial(flow.like, network, predicts=other), same
     for schedule in _other_paths(path):
-        described = ", ".join(f"{k} {v}" for k, v in schedule.spec().items() if k in ("name", "schedule"))
-        yield f"another schedule ({described})", flow.like(network, path=schedule)
+        yield _schedule_named(schedule), partial(flow.like, network, path=schedule), same
     if isinstance(prediction, EDMPreconditioned):
         for scale in (0.25, 0.66, 1.0):
-            yield f"sigma_data = {scale:g}", flow.like(network, predicts=replace(prediction, sigma_data=scale))
-    for factor in (0.5, 2.0, 0.18215, 1 / 0.18215):
+            other = replace(prediction, sigma_data=scale)
+            yield f"sigma_data = {scale:g}", partial(flow.like, network, predicts=other), same
+    for factor in (0.5, 2.0, 0.18215, 1 / 0.18215, 0.13025, 1 / 0.13025):
         yield (
-            f"the scale of the data (the network wants them times {factor:.4g})",
-            flow.like(_Changed(network, scale=factor)),
+            f"the scale of the data (it was trained on {factor:.4g} times these)",
+            lambda: flow,
+            _times(factor),
         )
+    yield "the range of the data (it was trained on [-1, 1], these lie in [0, 1])", lambda: flow, lambda x: 2 * x - 1
+    yield "the range of the data (it was trained on [0, 1], these lie in [-1, 1])", lambda: flow, lambda x: (x + 1) / 2
+
+
+def _times(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda t: factor * t
+
+
+def _schedule_named(path: AffinePath) -> str:
+    described = ", ".join(f"{k} {v}" for k, v in path.spec().items() if k in ("name", "schedule"))
+    return f"another schedule ({described})"
 
 
 def _other_paths(path: AffinePath) -> Iterator[AffinePath]:
@@ -201,11 +233,10 @@ class _Changed(nn.Module):
 
 def _nulls(flow: Flow, rows: int) -> dict[str, Tensor] | None:
     """Null conditions, where the batch names none."""
-    if not all(name in flow.null for name in flow.conditions):
+    if not flow.conditions or not all(name in flow.null for name in flow.conditions):
         return None
-    return {
-        name: torch.as_tensor(value).expand(rows, *torch.as_tensor(value).shape) for name, value in flow.null.items()
-    }
+    rows_of = {name: torch.as_tensor(value, device=flow.device) for name, value in flow.null.items()}
+    return {name: value.expand(rows, *value.shape) for name, value in rows_of.items()}
 
 
 def _own_sampler(flow: Flow, condition: Any, seed: int, steps: int) -> float | None:
@@ -214,6 +245,9 @@ def _own_sampler(flow: Flow, condition: Any, seed: int, steps: int) -> float | N
     times: Any = getattr(flow.network, "own_times", None)
     if own is None or flow.shape is None:
         return None
+    # DDIM's own grid is even only where the steps divide the schedule's length.
+    count = getattr(getattr(flow.path, "origin", flow.path), "count", steps)
+    steps = max(n for n in range(1, steps + 1) if count % n == 0)
     x0 = numbered_noise(seed, range(4), flow.shape, salt=62).to(flow.device, flow.dtype)
     some = (
         None

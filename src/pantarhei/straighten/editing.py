@@ -17,7 +17,7 @@ from pantarhei.flow.grids import Grid
 from pantarhei.straighten.first_order import clean_end
 
 INVERSION_EDGE = 1e-3
-Inverter = Literal["euler", "heun-euler", "ddim"]
+Inverter = Literal["auto", "euler", "heun-euler", "ddim"]  # auto: ddim where the path is curved, else euler
 
 
 def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     return (first[:, None] * flat_a + second[:, None] * flat_b).reshape(a.shape)
 
 
-def inversion_grid(flow: Flow, evaluations: int, method: Inverter = "euler") -> Grid:
+def inversion_grid(flow: Flow, evaluations: int, method: Inverter = "auto") -> Grid:
     """Falling times of an inversion with so many evaluations: even, but starting a little inside the data end.
 
     Raises:
@@ -63,21 +63,23 @@ def invert_quickly(
     evaluations: int,
     *,
     condition: ConditionLike = None,
-    method: Inverter = "euler",
+    method: Inverter = "auto",
     grid: Grid | None = None,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The unit source draw of data, in a few evaluations.
 
-    The data are mixed with one part in a thousand of noise, so that the field is asked where it has been trained.
+    The data are mixed with a little noise, one part in a thousand on the linear path, so that the field is asked where it
+    has been trained.
 
     Args:
         flow: best a straightened one.
         x: data in the flow's space (B, *shape).
         evaluations: of the field.
         condition: what the data are.
-        method: "euler", "heun-euler" (an odd number of evaluations) or "ddim" (the same on the linear path).
+        method: "auto" (DDIM's steps, which on the linear path are Euler's), either by name, or "heun-euler" (an odd number
+            of evaluations; for the linear path).
         grid: falling times instead, from a little inside the data end to the flow's first time.
         noise: the admixed unit noise, drawn where it is not given.
         generator: draws it.
@@ -132,7 +134,7 @@ def reconstruct(
     evaluations: tuple[int, int] = (4, 4),
     *,
     condition: ConditionLike = None,
-    method: Inverter = "euler",
+    method: Inverter = "auto",
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
 ) -> Reconstruction:
@@ -151,7 +153,7 @@ def decode(
     x0: Tensor,
     evaluations: int,
     condition: ConditionLike = None,
-    method: str = "euler",
+    method: str = "auto",
     guidance: float = 1.0,
 ) -> Tensor:
     """Data of noise in so many evaluations; "reinterpolate" keeps the noise, which edits want."""
@@ -168,7 +170,7 @@ def interpolate(
     *,
     evaluations: tuple[int, int] = (8, 8),
     condition: tuple[ConditionLike, ConditionLike] = (None, None),
-    method: Inverter = "euler",
+    method: Inverter = "auto",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Items between two, through their noises on the sphere.
@@ -207,7 +209,7 @@ def translate(
     target: ConditionLike,
     *,
     evaluations: tuple[int, int] = (4, 2),
-    method: Inverter = "euler",
+    method: Inverter = "auto",
     keep_noise: bool = True,
     guidance: float = 1.0,
     generator: torch.Generator | None = None,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pantarhei.flow import Flow, evaluation_mode, on_path
 from pantarhei.flow.affine import AffinePath
+from pantarhei.flow.conditions import as_condition
 from pantarhei.flow.predictions import Ends
 from pantarhei.straighten.straightness import straightness
 
@@ -74,7 +75,7 @@ def first_order(
         flow: on an affine path.
         x0: unit source draws (B, *shape).
         condition: as in `Flow.sample`.
-        steps: Heun steps of the trajectories, even in log(alpha / sigma) and at least 50.
+        steps: Heun steps of the trajectories, even in the time of the linear path and at least 50.
         gaps: numbers of DDIM steps to compare with them.
         teacher: what the samples are compared with; the finely solved samples themselves by default.
 
@@ -85,6 +86,8 @@ def first_order(
         raise ValueError(f"steps: at least 50 are needed for a meaningful measure, got {steps}")
     moved = on_path(flow)
     moved.require_field()
+    condition = as_condition(condition, flow.null, x0.shape[0])
+    condition = None if condition is None else condition.to(flow.device)
     low, high = moved.interval
     times = [low + (high - low) * i / steps for i in range(steps + 1)]
     weights = torch.full((steps + 1,), (high - low) / steps, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,8 @@ def make_pairs(
     stream = pair_stream(seed)
     named = numbered_conditions(flow, stream, conditions)
     header = pair_header(flow, solver, seed, teacher)
+    if isinstance(conditions, Source):
+        header["conditions_from"] = _described(conditions, flow)
     samples: Callable[..., Iterator[dict[str, Tensor]]]
     parts: ShardStore | StateParts
     if store == "states":
@@ -156,6 +159,16 @@ def pair_header(flow: Flow, solver: Solver, seed: int, teacher: str) -> dict[str
     }
 
 
+def _described(conditions: Source, flow: Flow) -> dict[str, Any]:
+    """What a source of conditions is, so that a store does not go on with another one: its size, and some of its values."""
+    rows = torch.linspace(0, len(conditions) - 1, min(len(conditions), 256)).long()
+    batch = conditions.fetch(rows)
+    digest = hashlib.sha256()
+    for name in flow.conditions:
+        digest.update(batch[name].contiguous().numpy().tobytes())
+    return {"name": conditions.describe().get("name", ""), "count": len(conditions), "some": digest.hexdigest()[:16]}
+
+
 @dataclass(frozen=True)
 class PairReport:
     """What a look at a pair store found.
@@ -177,13 +190,14 @@ class PairReport:
     warnings: tuple[str, ...]
 
 
-def inspect_pairs(store: PairSource, flow: Flow | None = None, *, limit: int = 512) -> PairReport:
+def inspect_pairs(store: PairSource, flow: Flow | None = None, *, limit: int = 512, batch: int = 256) -> PairReport:
     """Check a pair store: moments, swapped ends, and (with the teacher) the solver's error by step doubling.
 
     Args:
         store: the pairs.
         flow: the teacher that made them.
         limit: how many pairs to look at.
+        batch: rows integrated at a time; with a large teacher look at few pairs.
     """
     sample = store.tensors(limit)
     x0, x1 = sample["x0"].double(), sample["x1"].double()
@@ -202,23 +216,26 @@ def inspect_pairs(store: PairSource, flow: Flow | None = None, *, limit: int = 5
         )
     error = None
     if flow is not None and store.header.get("steps") is not None:
-        error = _solver_error(store, flow, sample)
+        error = _solver_error(store, flow, sample, batch)
         if error > 0.05:
             warnings.append(f"doubling the solver's steps changes x1 by {100 * error:.1f} %: use more steps")
     return PairReport(*source, *data, swapped, error, tuple(warnings))
 
 
-def _solver_error(store: PairSource, flow: Flow, sample: dict[str, Tensor]) -> float:
-    named = {name: sample[name] for name in store.header["conditions"]}
-    finer = flow.sample(
-        x0=sample["x0"].to(flow.device, flow.dtype),
-        condition=named or None,
-        steps=2 * store.header["steps"],
-        method=store.header["method"],
-        guidance=store.header["guidance"],
-        decode=False,
-    )
-    change = (finer.float().cpu() - sample["x1"]).square().mean().sqrt()
+def _solver_error(store: PairSource, flow: Flow, sample: dict[str, Tensor], batch: int) -> float:
+    parts = []
+    for rows in torch.arange(len(sample["x0"])).split(batch):
+        named = {name: sample[name][rows] for name in store.header["conditions"]}
+        finer = flow.sample(
+            x0=sample["x0"][rows].to(flow.device, flow.dtype),
+            condition=named or None,
+            steps=2 * store.header["steps"],
+            method=store.header["method"],
+            guidance=store.header["guidance"],
+            decode=False,
+        )
+        parts.append(finer.float().cpu())
+    change = (torch.cat(parts) - sample["x1"]).square().mean().sqrt()
     return float(change / sample["x1"].std())
 
 

@@ -207,15 +207,13 @@ def phased_task(
     Raises:
         ValueError: the flow cannot be rectified, or for substeps < 1.
     """
-    import copy
-
     check_reflow(flow)
     if substeps < 1:
         raise ValueError(f"substeps: must be at least 1, got {substeps}")
     chosen = Phases.of(flow, phases, spacing) if isinstance(phases, int) else phases
     notes = {"phases": list(chosen.bounds), "guidance_of_teacher": guidance, "sampling_steps": chosen.count}
     student = make_student(flow, start=start, low_rank=low_rank, teacher=teacher, notes=notes)
-    frozen = flow.like(copy.deepcopy(flow.network).requires_grad_(False).eval())
+    frozen = flow.like(flow.network)  # asked without gradients, and never trained: no copy is needed
     metric = metric or ELEMENTWISE
     student.codec = flow.codec  # the data come as images
     objective = PhasedObjective(frozen, chosen, substeps, guidance, metric, dropout, straight)

@@ -13,7 +13,7 @@ from pantarhei.data.shards import ShardStore
 from pantarhei.flow import Flow
 from pantarhei.report.progress import Progress
 from pantarhei.straighten.pairs import Solver, pair_header
-from pantarhei.straighten.stores import PairSource
+from pantarhei.straighten.stores import PairSource, split_pairs
 
 
 def invert_data(
@@ -63,36 +63,26 @@ def invert_data(
     return store
 
 
-class MixedPairs:
-    """Two stores of pairs as one, the second repeated until it has a given share.
+class Mixture:
+    """Two sources as one, the second repeated until it has a given share.
 
     Args:
-        made: pairs that the flow made.
-        real: pairs of real data.
+        made, real: the sources.
         share: of the second in the whole, in (0, 1).
-
-    Raises:
-        ValueError: for another share.
     """
 
-    def __init__(self, made: PairSource, real: PairSource, share: float = 0.5):
+    def __init__(self, made: Source, real: Source, share: float):
         if not 0 < share < 1:
             raise ValueError(f"share: must lie strictly between 0 and 1, got {share}")
-        self._made, self._real = made, real
+        self._made, self._real, self.share = made, real, share
         self._extra = max(1, round(len(made) * share / (1 - share)))
         self.name = f"{made.name} with {100 * share:g} % of {real.name}"
-        self.folder = getattr(made, "folder", None)
-        self.header: dict[str, Any] = {**made.header, "count": len(self), "real_share": share}
 
     def __len__(self) -> int:
         return len(self._made) + self._extra
 
-    def missing(self) -> list[int]:
-        """Parts of either that are not there yet."""
-        return [*self._made.missing(), *self._real.missing()]
-
     def fetch(self, indices: Tensor) -> dict[str, Tensor]:
-        """The pairs at `indices` (B,)."""
+        """The items at `indices` (B,)."""
         real = indices >= len(self._made)
         parts = []
         if bool((~real).any()):
@@ -105,9 +95,43 @@ class MixedPairs:
                 out.setdefault(name, value.new_empty(len(indices), *value.shape[1:]))[mask] = value
         return out
 
+    def describe(self) -> dict[str, Any]:
+        """Name and count."""
+        return {"name": self.name, "count": len(self)}
+
+
+class MixedPairs(Mixture):
+    """Two stores of pairs as one, the second repeated until it has a given share.
+
+    Args:
+        made: pairs that the flow made.
+        real: pairs of real data.
+        share: of the second in the whole, in (0, 1).
+
+    Raises:
+        ValueError: for another share.
+    """
+
+    def __init__(self, made: PairSource, real: PairSource, share: float = 0.5):
+        super().__init__(made, real, share)
+        self._stores = (made, real)
+        self.folder = getattr(made, "folder", None)
+        self.header: dict[str, Any] = {**made.header, "count": len(self), "real_share": share}
+
+    def missing(self) -> list[int]:
+        """Parts of either that are not there yet."""
+        return [part for store in self._stores for part in store.missing()]
+
     def tensors(self, limit: int | None = None) -> dict[str, Tensor]:
         """The first `limit` pairs, which are made ones."""
         return self.fetch(torch.arange(min(len(self), limit or len(self))))
+
+    def split(self) -> tuple[Source, Source | None]:
+        """The training parts of both mixed, and the held-out parts of both, none of which is trained on."""
+        (made, made_apart), (real, real_apart) = (split_pairs(store) for store in self._stores)
+        if made_apart is None or real_apart is None:
+            return Mixture(made, real, self.share), made_apart or real_apart
+        return Mixture(made, real, self.share), Mixture(made_apart, real_apart, self.share)
 
     def describe(self) -> dict[str, Any]:
         """The header."""

@@ -95,7 +95,8 @@ def linear_student(flow: Flow) -> Flow:
     if isinstance(prediction, EDMPreconditioned):
         first = max(moved.interval[0], 1e-5)
         prediction = replace(prediction, largest=min(prediction.largest, (1 - first) / first))
-    return moved.like(moved.network, predicts=prediction, interval=prediction.interval(moved.path))
+    interval = prediction.interval(moved.path)
+    return moved.like(moved.network, predicts=prediction, interval=interval, starts_scaled=interval[0] > 0)
 
 
 def name_of(metric: Premetric) -> str:

@@ -220,6 +220,10 @@ def split_pairs(pairs: PairSource) -> tuple[Source, Source | None]:
 
     Fewer than 200 pairs, and pairs that are made online, are not split.
     """
+    own = getattr(pairs, "split", None)
+    if own is not None:  # a mixture splits its parts
+        kept, apart = own()
+        return kept, apart
     held = min(len(pairs) // 20, 1024)
     if len(pairs) < 200 or isinstance(pairs, OnlinePairs):
         return pairs, None
@@ -302,13 +306,7 @@ def _check_ends(pairs: PairSource, flow: Flow) -> None:
     sample = pairs.tensors(16)
     x0, x1 = (sample[name].to(flow.device, flow.dtype) for name in ("x0", "x1"))
     condition = {name: sample[name] for name in flow.conditions} or None
-    options = {
-        "condition": condition,
-        "steps": 10,
-        "method": "heun",
-        "guidance": pairs.header["guidance"],
-        "decode": False,
-    }
+    options = {"condition": condition, "guidance": pairs.header["guidance"], "decode": False, **_solver_of(pairs, flow)}
     ahead = float((flow.sample(x0=x0, **options) - x1).square().mean())
     back = float((flow.sample(x0=x1, **options) - x0).square().mean())
     if ahead > back and ahead > 0.1 * float(x1.var()):
@@ -318,6 +316,17 @@ def _check_ends(pairs: PairSource, flow: Flow) -> None:
             f"pairs: not made by this flow: expected x0 to arrive at x1, the relative error is "
             f"{math.sqrt(ahead / float(x1.var())):.2g} (any_teacher allows it)"
         )
+
+
+def _solver_of(pairs: PairSource, flow: Flow) -> dict[str, Any]:
+    """The solver that made pairs; where they do not name it, one that is good enough on the flow's path."""
+    header = pairs.header
+    if header.get("method") is None:
+        straight = flow.path.spec()["name"] in ("linear", "interpolant", "custom")
+        return {"method": "heun" if straight else "edm", "steps": 20}
+    if header.get("rtol") is not None:
+        return {"method": header["method"], "steps": None, "rtol": header["rtol"], "atol": header["rtol"]}
+    return {"method": header["method"], "steps": header["steps"]}
 
 
 def _described(source: str) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from pantarhei.flow import Flow
-from pantarhei.networks.diffusers_adapters import TARGETS, add_peft
-from pantarhei.networks.diffusers_models import DiffusersNetwork
+from pantarhei.flow.paths import Numbered
+from pantarhei.flow.predictions import Elsewhere
+from pantarhei.networks.diffusers_adapters import TARGETS, adapt
+from pantarhei.networks.diffusers_models import HALVES, DiffusersNetwork
 from pantarhei.networks.lora import add_lora
 from pantarhei.straighten.stores import PairSource
 
@@ -42,6 +44,9 @@ def make_student(
 ) -> Flow:
     """A copy of a flow that is going to be rectified once more.
 
+    Weights in half precision become float32: an optimiser's small steps would be lost in their rounding. The notes then
+    name the teacher's type.
+
     Args:
         flow: the teacher, on the path and with the prediction that the student will have.
         pairs: what it will be trained on.
@@ -55,10 +60,17 @@ def make_student(
         kept |= {"pairs": len(pairs), "guidance_in_pairs": pairs.header["guidance"]}
     kept |= notes or {}
     network = copy.deepcopy(start or flow.network).requires_grad_(True)
+    if any(p.dtype in HALVES for p in network.parameters()):
+        network.float()
+    if flow.dtype in HALVES:
+        kept["teacher_dtype"] = str(flow.dtype).removeprefix("torch.")
+    path = flow.prediction.origin if isinstance(flow.prediction, Elsewhere) else flow.path
+    if isinstance(network, DiffusersNetwork) and isinstance(path, Numbered):
+        network.follow(path.spec())  # a student may be on another schedule than its teacher
     if low_rank is not None:
         targets = low_rank.targets
         if isinstance(network, DiffusersNetwork):
-            network = add_peft(network, low_rank.rank, low_rank.alpha, targets or TARGETS)
+            adapt(network, low_rank.rank, low_rank.alpha, targets or TARGETS)
         else:
             add_lora(network, low_rank.rank, low_rank.alpha, targets)
         kept["low_rank"] = low_rank.rank

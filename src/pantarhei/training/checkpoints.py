@@ -1,7 +1,8 @@
 """Checkpoints: safetensors for every tensor, JSON for the rest; whole or not there.
 
 A checkpoint is a folder `<iteration>/` with `model.safetensors` (trained networks and averages), `optimizer.safetensors`,
-`random.<rank>.safetensors` and `state.json`. It is written under a temporary name, synced and renamed.
+`random.<rank>.safetensors` and `state.json`. It is written under a temporary name, synced and renamed. What an average
+shares with its network is written once, and `state.json` says under which name.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def save(
         OSError: the disk is full; older checkpoints stay, and nothing half-written is left.
     """
     final, temporary = folder / f"{iteration:08d}", folder / f".{iteration:08d}.tmp"
-    tensors = _network_tensors(task)  # gathering sharded parameters needs every process
+    shared = _shared(task)
+    tensors = _network_tensors(task, shared)  # gathering sharded parameters needs every process
     moments, settings = _optimizer_state(task, optimizers)
     try:
         if rank == 0:
@@ -63,6 +65,7 @@ def save(
                 "iteration": iteration,
                 "optimizers": settings,
                 "averages": averages,
+                **({"shared": shared} if shared else {}),
                 "task": task.extra_state(),
                 "python_random": _python_random(),
                 **extra,
@@ -109,10 +112,21 @@ def load(
 
 def load_networks(checkpoint: Path, task: Task) -> None:
     """Bring only the networks and averages back."""
-    tensors = read_tensors(checkpoint / MODEL)
+    tensors = network_tensors(checkpoint)
     for path, network in saved_networks(task).items():
         own = {k[len(path) + 1 :]: v for k, v in tensors.items() if k.startswith(path + ".")}
         load_into(network, own, f"{checkpoint / MODEL}: {path}")
+
+
+def network_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors of networks and averages, by path; shared ones under both of their names.
+
+    Raises:
+        ValueError: a file is truncated or damaged.
+    """
+    tensors = read_tensors(checkpoint / MODEL)
+    shared: dict[str, str] = read_json(checkpoint / STATE).get("shared", {})
+    return tensors | {name: tensors[own] for name, own in shared.items() if own in tensors}
 
 
 @torch.no_grad()
@@ -170,11 +184,23 @@ def _like(full: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(full, mesh, placements)
 
 
-def _network_tensors(task: Task) -> dict[str, Tensor]:
+def _shared(task: Task) -> dict[str, str]:
+    """Of what averages share with the trained networks that they follow: its names there, and those it is written under."""
+    trained = [f"{path}." for group in task.groups.values() for path in group.paths]
+    return {
+        f"{path}.{name}": f"{followed}.{own}"
+        for path, followed in task.averages.items()
+        if any(f"{followed}.".startswith(prefix) for prefix in trained)
+        for name, own in _average(task, path).shared(task.get_submodule(followed))
+    }
+
+
+def _network_tensors(task: Task, shared: Mapping[str, str]) -> dict[str, Tensor]:
     return {
         f"{path}.{name}": _whole(value).detach().cpu()
         for path, network in saved_networks(task).items()
         for name, value in network.state_dict().items()
+        if f"{path}.{name}" not in shared
     }
 
 

@@ -32,6 +32,8 @@ class FlowTask(Task):
         warmup_average: whether the average's decay warms up.
     """
 
+    validation_batch = 128
+
     def __init__(
         self,
         flow: Flow,
@@ -66,22 +68,24 @@ class FlowTask(Task):
 
     @torch.no_grad()
     def validate(self) -> float | None:
-        """The objective on up to 1,024 held-out items, with the same noise and times each time."""
+        """The objective on up to 1,024 held-out items, some at a time, with the same noise and times each time."""
         if self.held_out is None:
             return None
         flow = self.result()
-        batch = self.held_out.fetch(torch.arange(min(len(self.held_out), 1024)))
-        batch = {name: value.to(flow.device) for name, value in batch.items()}
+        total, rows = 0.0, torch.arange(min(len(self.held_out), 1024))
         with evaluation_mode(flow.network):
-            loss, _ = self.objective(flow, batch, seeded(0, 20, device=flow.device))
-        return float(loss)
+            for number, part in enumerate(rows.split(self.validation_batch)):
+                batch = {name: value.to(flow.device) for name, value in self.held_out.fetch(part).items()}
+                loss, _ = self.objective(flow, batch, seeded(0, 20, number, device=flow.device))
+                total += float(loss) * len(part) / len(rows)
+        return total
 
     def preview(self, folder: Path, iteration: int) -> None:
         """A grid of 64 samples from fixed noise (images), or a scatter of 2,000 (points)."""
         flow = self.result()
         if flow.shape is None or not getattr(flow.source, "gaussian", False):
             return
-        image = len(flow.shape) == 3 and flow.shape[0] in (1, 3, 4)
+        image = len(flow.shape) == 3 and flow.shape[0] in (1, 3)
         if not image and flow.shape != (2,):
             return
         count = 64 if image else 2000
@@ -90,7 +94,8 @@ class FlowTask(Task):
         if flow.conditions:
             batch = self.data.fetch(torch.arange(count) % len(self.data))
             condition = {name: batch[name] for name in flow.conditions}
-        x = flow.sample(x0=x0, condition=condition, steps=8, method="heun").float().cpu()
+        straight = flow.path.spec()["name"] in ("linear", "interpolant") if hasattr(flow.path, "spec") else True
+        x = flow.sample(x0=x0, condition=condition, steps=8, method="heun" if straight else "edm").float().cpu()
         if image:
             from pantarhei.report import save_image_grid
 

@@ -35,18 +35,16 @@ def _compare(kind: str, budgets: tuple[int, ...], settings: Settings) -> dict[st
     for steps in STEPS:
         x = few(taught.flow, taught.x0, steps)
         found[f"teacher_{steps}"] = taught.error(x)
-        if kind == RING:
-            found[f"teacher_{steps}_distance"] = taught.distance(x)
     for budget in budgets:
         for arm in ARMS:
             student = _student(arm, taught, budget)
             for steps in STEPS:
                 x = few(student, taught.x0, steps)
                 found[f"{arm}_{budget}_{steps}"] = taught.error(x)
-                if kind == RING:
-                    found[f"{arm}_{budget}_{steps}_distance"] = taught.distance(x)
                 if steps == 1:
                     rows.append(x[:16])
+                    if kind == RING:
+                        found[f"{arm}_{budget}_1_distance"] = taught.distance(x)
         for steps in STEPS:
             kept = found[f"kept_{budget}_{steps}"]
             found[f"kept_over_reused_{budget}_{steps}"] = kept / found[f"reused_{budget}_{steps}"]

@@ -15,7 +15,7 @@ from pantarhei.reproduce.training import run
 from pantarhei.straighten.rectified_diffusion import LOSSES, own_times
 from pantarhei.training import FlowTask
 
-ITERATIONS = {RING: 1000, MOONS: 1000, DIGITS: 400}
+ITERATIONS = {RING: 1000, MOONS: 1000, DIGITS: 600}
 
 
 def ring(settings: Settings) -> dict[str, float]:

@@ -12,7 +12,7 @@ from pantarhei.reproduce.training import run
 from pantarhei.straighten import Phases, phased_task
 
 COUNTS, ITERATIONS = (1, 2, 4), 1000
-SUBSTEPS = 24  # of the teacher over all phases
+SUBSTEPS = 16  # of the teacher over all phases
 
 
 def phased(settings: Settings) -> dict[str, float]:
@@ -41,6 +41,10 @@ def phased(settings: Settings) -> dict[str, float]:
             x = _sample(student, taught.x0, bounds, "euler" if straight else "ddim")
             found[f"{name}_{count}"] = float((x - ends).square().mean() / variance)
             shown[f"{'chords' if straight else 'first-order'}, {count}"] = x
+            if count == 1 and not straight:
+                for steps in COUNTS[1:]:
+                    x = _sample(student, taught.x0, Phases.of(taught.flow, steps).bounds, "ddim")
+                    found[f"one_phase_in_{steps}"] = float((x - ends).square().mean() / variance)
         found[f"chords_over_first_order_{count}"] = found[f"chords_{count}"] / found[f"first_order_{count}"]
     found["gain_2"] = found["first_order_1"] / found["first_order_2"]
     found["gain_4"] = found["first_order_2"] / found["first_order_4"]

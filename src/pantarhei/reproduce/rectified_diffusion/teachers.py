@@ -20,7 +20,7 @@ from pantarhei.networks import UNet, UNetConfig
 from pantarhei.recipes.data import DataConfig
 from pantarhei.reproduce.claims import Settings
 from pantarhei.reproduce.training import fit, run, small_mlp
-from pantarhei.straighten import PlainNoiseLoss, Solver, make_pairs, rectified_diffusion_task
+from pantarhei.straighten import PairSource, PlainNoiseLoss, Solver, make_pairs, rectified_diffusion_task
 from pantarhei.straighten.first_order import clean_end
 from pantarhei.training import Optimization
 
@@ -43,6 +43,12 @@ class PairsInMemory:
     x1: Tensor
     header: dict[str, Any]
     name: str = "pairs in memory"
+
+    @staticmethod
+    def of(store: PairSource) -> PairsInMemory:
+        """All pairs of a store that is going to be thrown away."""
+        tensors = store.tensors()
+        return PairsInMemory(tensors["x0"], tensors["x1"], store.header)
 
     def __len__(self) -> int:
         return len(self.x1)
@@ -134,7 +140,7 @@ def _teach(kind: str, schedule: str, predicts: str, seed: int, quick: bool) -> T
     steps = (12, 24) if kind == DIGITS else (40, 100)
     with tempfile.TemporaryDirectory() as folder:
         store = make_pairs(flow, size(PAIRS[kind]), folder, seed=seed, solver=Solver("edm", steps[0]))
-        pairs = PairsInMemory(**store.tensors(), header=store.header)
+        pairs = PairsInMemory.of(store)
     x0 = torch.randn(size(TEST[kind]), *shape, generator=seeded(seed, 91))
     ends = flow.sample(x0=x0, steps=steps[1], method="edm")
     return Taught(kind, flow, data, pairs, x0, ends, truth, seed, quick)

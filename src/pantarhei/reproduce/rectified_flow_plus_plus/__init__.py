@@ -172,8 +172,30 @@ PARTS = (
         "the four in the middle.",
         rounds.profile,
         (
-            Claim("The loss is U-shaped (ring)", "ring_ends_over_middle", "ends / middle", "at least", 2.0),
-            Claim("The loss is U-shaped (digits)", "digits_ends_over_middle", "ends / middle", "at least", 2.0),
+            Claim(
+                "The loss is higher at the ends (ring)",
+                "ring_ends_over_middle",
+                "mean of both ends / middle",
+                "at least",
+                2.0,
+            ),
+            Claim(
+                "The loss is higher at the ends (digits)",
+                "digits_ends_over_middle",
+                "mean of both ends / middle",
+                "at least",
+                2.0,
+            ),
+            Claim(
+                "So it is at each of them (ring)", "ring_lower_end_over_middle", "lower end / middle", "at least", 1.0
+            ),
+            Claim(
+                "So it is at each of them (digits)",
+                "digits_lower_end_over_middle",
+                "lower end / middle",
+                "at least",
+                1.0,
+            ),
         ),
         seeds=5,
         pictures={"profile.png": "Held-out loss of the vanilla 2-RF by t, over its value in the middle (seed 0)."},
