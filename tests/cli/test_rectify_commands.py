@@ -62,7 +62,7 @@ def plus_plus(folder, teacher):
 @pytest.fixture(scope="module")
 def plain(folder):
     """A run on points, without labels."""
-    points = ["--data", "two_moons", "--width", "8", "--blocks", "1"]
+    points = ["--data", "two_moons", "--width", "8", "--blocks", "1", "--path", "edm", "--predicts", "edm"]
     assert run("train", "rectified-flow", "--out", folder / "plain", "--iterations", 2, *points, *QUIET) == 0
     return folder / "plain"
 
@@ -86,11 +86,18 @@ def test_rectified_flow_plus_plus_with_noise_states(plus_plus, teacher, capsys):
     assert "PCG64" in printed
     assert run("info", plus_plus) == 0
     assert "rectified 1x" in said(capsys)
-    # Its configuration names the recipe of its teacher, so it is evaluated on the same data.
-    assert run("evaluate", plus_plus, "--method", "dpm-solver", "--steps", 2, "--count", 20) == 0
-    found = json.loads((plus_plus / "evaluation.json").read_text())
+
+
+def test_a_student_is_evaluated_on_the_data_of_its_teacher(folder, plain):
+    out = folder / "points"
+    assert run("straighten", "rfpp", plain, "--out", out, "--no-check", *MADE) == 0
+    options = ["--method", "dpm-solver", "--final", "clean", "--count", 40]
+    assert run("evaluate", out, "--steps", 2, 5, *options) == 0
+    found = json.loads((out / "evaluation.json").read_text())
     assert found["method"] == "dpm-solver"
-    assert found["rows"][0]["frechet"][0] > 0
+    assert found["extractor"] == "the coordinates themselves"
+    assert [row["evaluations"] for row in found["rows"]] == [2, 5]
+    assert all(row["frechet"][0] > 0 for row in found["rows"])
 
 
 def test_a_surrogate_and_low_rank(folder, teacher):
@@ -236,8 +243,6 @@ def test_translation(plus_plus, tmp_path, capsys):
     assert run(*command, tmp_path / "a", "--source", 8) == 0
     found = load_file(tmp_path / "a/edited.safetensors")
     assert found["x"].shape == found["before"].shape == (4, 1, 8, 8)
-    data = pr.DataConfig().open()[1] if hasattr(pr, "DataConfig") else None
-    assert data is None or len(data)
     capsys.readouterr()
     # Into their own label they come back better than into another one.
     assert run(*command, tmp_path / "b", "--source", 3, "--evaluations", 16, 16, "--no-keep-noise") == 0
@@ -249,8 +254,9 @@ def test_translation(plus_plus, tmp_path, capsys):
 # Comparison
 
 
-def test_a_small_comparison(plain, tmp_path, capsys):
-    command = ["straighten", "compare", plain, "--out", tmp_path, "--budget", 0.02, "--count", 50, "--no-check"]
+def test_a_small_comparison(plain, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pantarhei.recipes.comparison.TRIAL", 0.05)
+    command = ["straighten", "compare", plain, "--out", tmp_path, "--budget", 0.01, "--count", 50, "--no-check"]
     command += ["--evaluations", 1, 2, "--methods", "rectified flow (reflow)", "--threads", 1, "--max-pairs", 100]
     assert run(*command, "--pair-steps", 2, "--batch", 32) == 0
     assert "best with 1 evaluations" in said(capsys)
@@ -272,9 +278,8 @@ def test_mistakes_are_one_line(teacher, plain, plus_plus, tmp_path, capsys):
     refused(capsys, "nowhere", *rfpp, "--data", tmp_path / "nowhere")
     refused(capsys, "--real-share: must lie in 0 to 1, got 2", *rfpp, "--real-share", 2)
     refused(capsys, "needs two weight files", *rfpp, "--perceptual", "lpips")
-    refused(
-        capsys, "there is no file", *rfpp, "--perceptual", "lpips", "--vgg", tmp_path / "v", "--lpips", tmp_path / "l"
-    )
+    lost = ["--vgg", tmp_path / "v.pth", "--lpips", tmp_path / "l.pth"]
+    refused(capsys, "there is no file", *rfpp, "--perceptual", "lpips", *lost)
     refused(capsys, "--ushape", *rfpp, "--ushape", -1)
     refused(capsys, "--pairs: must be at least 1, got 0", *rfpp, "--pairs", 0)
     refused(capsys, "--pair-rtol", *rfpp, "--pair-rtol", "1e-3")

@@ -1,8 +1,14 @@
+import argparse
+import contextlib
+import io
 import os
 import pickle
 import struct
 import subprocess
-from collections import OrderedDict, defaultdict
+import tarfile
+import tracemalloc
+import zipfile
+from collections import Counter, OrderedDict, defaultdict
 
 import numpy as np
 import pytest
@@ -240,6 +246,89 @@ def test_deep_nesting_is_refused():
     assert "nested too deeply" in refusal(deep)
 
 
+def doubled(doublings, leaf=b"]"):
+    """A tuple of twice a tuple of twice ...: 2^doublings entries in a few bytes."""
+    return leaf + b"2\x86" * doublings
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        (b"", b"Q."),  # a persistent id
+        (b"cnumpy\ndtype\n", b"\x85R."),
+        (b"c_codecs\nencode\nX\x01\x00\x00\x00a", b"\x86R."),
+        (b"cbuiltins\nset\n", b"\x85R."),
+        (b"}", b"K\x01s."),  # a key, which is hashed
+        (b"}(", b"K\x01u."),
+        (b"(", b"K\x01d."),
+        (b"\x8f(", b"\x90."),
+        (b"(", b"\x91."),
+        (b"cnumpy\ndtype\nX\x02\x00\x00\x00f4\x85R(K\x03", b"NNNtb."),  # a byte order
+        (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR(K\x01", b"NNC\x00tb."),  # a shape
+        (b"", b"."),
+    ],
+)
+def test_what_is_shared_does_not_grow(around):
+    for leaf in (b"]", b")"):
+        said = refusal(b"\x80\x04" + around[0] + doubled(25, leaf) + around[1])
+        assert len(said) < 300
+
+
+def test_no_number_of_doublings_takes_longer():
+    for doublings in (60, 10_000):
+        refusal(b"\x80\x04cnumpy\ndtype\n" + doubled(doublings) + b"\x85R.")
+        refusal(b"\x80\x04}" + doubled(doublings, b")") + b"K\x01s.")
+
+
+def test_shared_entries_stay_shared():
+    part = ["x"]
+    for _ in range(10):
+        part = [part, part]
+    loaded = restricted_load(pickle.dumps(part))
+    assert loaded == part
+    assert loaded[0] is loaded[1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x04Nr" + struct.pack("<I", 2**31) + b".",  # the C unpickler makes a table of that many entries
+        b"\x80\x05\x96" + struct.pack("<Q", 10**9) + b".",  # a byte array
+        b"\x80\x04B" + struct.pack("<I", 2**31) + b".",
+        b"\x80\x04\x95" + struct.pack("<Q", 10**9) + b"N.",  # a frame
+    ],
+)
+def test_announced_sizes_are_not_believed(content):
+    tracemalloc.start()
+    with contextlib.suppress(ValueError):  # but the first, which is nothing else wrong with
+        assert restricted_load(content) is None
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_a_few_bytes_are_not_copied_many_times():
+    raw, times = b"x" * 100_000, 1000
+    dtype = pickle.dumps(np.dtype("u1"), protocol=2)[2:-1] + b"q\xc80"
+    head = b"\x80\x04" + dtype + b"B" + struct.pack("<I", len(raw)) + raw + b"q\xc90("
+    size = struct.pack("<i", len(raw))
+    calls = {
+        "bytearray": b"cbuiltins\nbytearray\nh\xc9\x85R",
+        "set": b"cbuiltins\nset\nh\xc9\x85R",
+        "array": b"cnumpy._core.numeric\n_frombuffer\n(h\xc9h\xc8J" + size + b"\x85X\x01\x00\x00\x00CtR",
+    }
+    for name, call in calls.items():
+        assert len(restricted_load(head + call * 3 + b"t.")) == 3, name
+        assert "many times the memory of the file" in refusal(head + call * times + b"t.")
+    # NumPy makes entries without a byte one byte long: this would be a gigabyte of nothing.
+    refusal(pickle.dumps(Forged((10**9,), np.dtype("S0"), b"")))
+
+
+def test_names_in_messages_stay_one_line():
+    said = refusal(b"\x80\x04\x8c\x03a\nb\x8d" + struct.pack("<Q", 10**5) + b"c" * 10**5 + b"\x93.")
+    assert said.startswith("refused: the pickle asks to run ")
+    assert len(said) < 400
+
+
 WEIGHTS = {"layer.weight": torch.arange(200.0).reshape(10, 20), "layer.bias": torch.ones(20, dtype=torch.bfloat16)}
 
 
@@ -285,6 +374,193 @@ def test_weight_files_with_code_are_refused(tmp_path, form):
     assert f"{os.name}.system" in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_torch_saves_comes_back(tmp_path, zipped):
+    layer = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    base = torch.arange(24.0).reshape(2, 3, 4)
+    marked = torch.ones(2)
+    marked.mark = "attribute"
+    content = {
+        "model": layer.state_dict(),  # an ordered dict with attributes
+        "optimizer": optimizer.state_dict(),
+        "parameters": list(layer.parameters()),
+        "kinds": {
+            str(dtype): torch.ones(3, dtype=dtype)
+            for dtype in (
+                torch.float64,
+                torch.float16,
+                torch.bfloat16,
+                torch.int64,
+                torch.int32,
+                torch.int16,
+                torch.int8,
+            )
+        },
+        "more": [torch.tensor([True, False]), torch.tensor([1j]), torch.tensor(2), torch.empty(0, 3), base.byte()],
+        "views": (base, base.permute(2, 0, 1), base[1, 1:, ::2], base[1]),
+        "unsigned": torch.ones(3, dtype=torch.uint16),  # of no storage of its own
+        "marked": marked,
+        "args": argparse.Namespace(steps=3, rate=(1e-3, None)),
+        "numbers": {
+            "array": np.arange(3),
+            "counter": Counter("aab"),
+            "size": torch.Size([2, 3]),
+            "dtype": torch.float16,
+        },
+        "device": torch.device("cpu"),
+    }
+    path = tmp_path / "whole.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    loaded = load_weights(path)
+
+    def same(a, b, where):
+        if isinstance(b, torch.Tensor):
+            assert isinstance(a, torch.Tensor), where
+            assert a.dtype == b.dtype, where
+            assert torch.equal(a, b), where
+        elif isinstance(b, np.ndarray):
+            assert (a == b).all(), where
+        elif isinstance(b, dict):
+            assert type(a) is dict, where
+            assert list(a) == list(b), where
+            for key in b:
+                same(a[key], b[key], f"{where}.{key}")
+        elif isinstance(b, (list, tuple)):
+            assert len(a) == len(b), where
+            for number, pair in enumerate(zip(a, b, strict=True)):
+                same(*pair, f"{where}[{number}]")
+        else:
+            assert a == (str(b) if isinstance(b, torch.device) else b), where
+
+    same(loaded, content, "")
+    assert loaded["views"][0].data_ptr() + 48 == loaded["views"][3].data_ptr()  # they share memory, as they did
+    layer.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+
+
+def old_file(content, storages, keys=None, data=None):
+    """A file of the format before PyTorch 1.6 with tensors `Ref(key)` of `storages`: counts by key."""
+
+    class Writer(pickle.Pickler):
+        def persistent_id(self, value):
+            return (
+                ("storage", torch.FloatStorage, value.key, "cpu", storages[value.key], None)
+                if isinstance(value, Ref)
+                else None
+            )
+
+    buffer = io.BytesIO()
+    for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
+        pickle.dump(part, buffer, protocol=2)
+    Writer(buffer, protocol=2).dump(content)
+    pickle.dump(list(storages) if keys is None else keys, buffer, protocol=2)
+    if data is None:
+        data = b"".join(struct.pack(f"<q{n}f", n, *range(n)) for n in storages.values())
+    return buffer.getvalue() + data
+
+
+class Ref:
+    """A storage by its key."""
+
+    def __init__(self, key):
+        self.key = key
+
+
+def view(key, shape, stride, offset=0, name="_rebuild_tensor_v2", *more):
+    return Call(getattr(torch._utils, name), Ref(key), offset, shape, stride, *(more or (False, OrderedDict())))
+
+
+def test_old_files_hold_what_they_say(tmp_path):
+    path = tmp_path / "old.pth"
+    path.write_bytes(old_file({"w": view("a", (2, 2), (1, 2)), "v": view("b", (1,), (1,), 2)}, {"a": 4, "b": 3}))
+    loaded = load_weights(path)
+    assert loaded["w"].tolist() == [[0.0, 2.0], [1.0, 3.0]]
+    assert loaded["v"].tolist() == [2.0]
+    # Parameters as before PyTorch 0.4, and tensors as before that.
+    oldest = b"ctorch.nn.parameter\nParameter\n"
+    plain = old_file({"w": Call(torch._utils._rebuild_tensor, Ref("a"), 0, (2,), (1,))}, {"a": 2})
+    start = plain.index(b"ctorch._utils")
+    end = plain.index(b"R", plain.index(b"t", plain.index(b"Q"))) + 1
+    path.write_bytes(plain[:start] + oldest + plain[start:end] + b"\x88\x86R(\x88\x89}tb" + plain[end:])
+    assert load_weights(path)["w"].tolist() == [0.0, 1.0]
+    tree = {"w": view("a", (1000,), (1,))}
+    for storages, keys, data in (
+        ({"a": 1000}, [], b""),  # PyTorch's loader gives memory that nothing was written to
+        ({"a": 1000}, ["a"], struct.pack("<q", 1000)),
+        ({"a": 1000}, ["a"], struct.pack("<q", 0)),
+        ({"a": 10**15}, ["a"], struct.pack("<q", 10**15)),
+        ({"a": 999}, None, None),
+        ({"a": -1}, ["a"], struct.pack("<q", -1)),
+    ):
+        path.write_bytes(old_file(tree, storages, keys, data))
+        with pytest.raises(ValueError, match=r"cannot read .*old\.pth: truncated, damaged or no weight file") as caught:
+            load_weights(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (Call(torch.Tensor, 1000), "without numbers"),  # memory that nothing was written to, too
+        (Call(torch.FloatStorage, 1000), "asks to run|not callable"),
+        (torch.ones(1).to_sparse(), "asks to run torch._utils._rebuild_sparse_tensor"),
+        (torch.zeros(1).expand(10**9), "in 1 numbers"),
+        (torch.tensor([1j]).conj(), "conjugate"),
+        (torch.empty(10**9, device="meta"), "asks to run"),
+    ],
+)
+def test_tensors_that_are_not_in_the_file_are_refused(tmp_path, content, said):
+    path = tmp_path / "wide.pth"
+    torch.save({"w": content}, path)
+    with pytest.raises(ValueError, match=said) as caught:
+        load_weights(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def rewritten(path, change, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in change(entries).items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    ("change", "method", "said"),
+    [
+        (lambda e: {n: c[:-1] if "/data/" in n else c for n, c in e.items()}, zipfile.ZIP_STORED, "another size"),
+        (lambda e: {n: c for n, c in e.items() if "/data/" not in n}, zipfile.ZIP_STORED, "is not in the file"),
+        (lambda e: {n: b"big" if "byteorder" in n else c for n, c in e.items()}, zipfile.ZIP_STORED, "big-endian"),
+        (lambda e: {**e, "w/constants.pkl": b""}, zipfile.ZIP_STORED, "TorchScript program"),
+        (lambda e: {n: c for n, c in e.items() if "data.pkl" not in n}, zipfile.ZIP_STORED, r"no data\.pkl"),
+        (lambda e: e, zipfile.ZIP_DEFLATED, "compressed, which torch.save does not"),
+        (lambda e: e, zipfile.ZIP_STORED, None),
+    ],
+)
+def test_archives_that_torch_did_not_write(tmp_path, change, method, said):
+    path = tmp_path / "w.pth"
+    torch.save({"w": torch.arange(1000.0)}, path)
+    rewritten(path, change, method)
+    if said is None:
+        assert torch.equal(load_weights(path)["w"], torch.arange(1000.0))
+        return
+    with pytest.raises(ValueError, match=said) as caught:
+        load_weights(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_first_format_says_how_to_go_on(tmp_path):
+    path = tmp_path / "first.pth"
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    with pytest.raises(ValueError, match=r"refused: .* tar format .*save it again with torch\.save$"):
+        load_weights(path)
 
 
 def test_whole_modules_and_programs_are_refused(tmp_path):

@@ -1,7 +1,9 @@
 """Pipelines of diffusers: opened as flows, straightened, and written back as folders that diffusers samples alike."""
 
+import copy
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -12,18 +14,23 @@ pytest.importorskip("transformers")
 import diffusers
 
 from interop.tiny_pipelines import SCALED, change, ddpm, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
-from pantarhei.flow import FlowMatching, Term
+from pantarhei.files import read_tensors
+from pantarhei.flow import Flow, FlowMatching, Term
 from pantarhei.flow.couplings import Pairs
 from pantarhei.flow.denoising import denoising_steps
 from pantarhei.flow.metrics import PseudoHuber
 from pantarhei.flow.paths import Linear, Numbered
+from pantarhei.flow.pretrained import fingerprint
 from pantarhei.interop import load
 from pantarhei.interop.diffusers import own_sampler, read, recognise, with_schedule
 from pantarhei.interop.diffusers_schedulers import path_of, read_scheduler, scheduler_of
 from pantarhei.interop.diffusers_write import write
+from pantarhei.networks import MLP, MLPConfig
 from pantarhei.networks.diffusers_adapters import add_peft
+from pantarhei.recipes.cards import write_card
 from pantarhei.recipes.pipelines import CaptionedImages, open_prompts, write_latents
-from pantarhei.straighten import Solver, make_pairs
+from pantarhei.straighten import LowRank, Solver, make_pairs, phased_task, rectified_diffusion_task
+from pantarhei.straighten.convention import check_convention
 from pantarhei.straighten.prompt_pairs import PromptPairs, write_prompt_pairs
 from pantarhei.straighten.stores import PairSource, check_pairs
 from pantarhei.training import FlowTask, train
@@ -151,7 +158,9 @@ def test_files_of_rectified_diffusion_get_their_schedule(
 ):
     weights = read(folders["sd"]).network.model.state_dict()
     torch.save({name: (0.5 * value).half() for name, value in weights.items()}, tmp_path / file)
-    flow = load(tmp_path / file, base=folders["sd"])
+    unnamed = pytest.warns(UserWarning, match="its name tells no schedule of beta")
+    with unnamed if guidance is None else warnings.catch_warnings(action="error"):
+        flow = load(tmp_path / file, base=folders["sd"])
     assert flow.path.schedule == schedule
     notes = flow.provenance.notes
     assert (notes.get("guidance"), flow.provenance.rectified) == (guidance, rectified)
@@ -169,6 +178,26 @@ def test_files_of_rectified_diffusion_get_their_schedule(
     if guidance is not None:
         assert f"| guidance at inference | {guidance} |" in card
         assert "| licence of the teacher | creativeml-openrail-m |" in card
+
+
+def test_a_named_schedule_goes_before_listed_betas_and_needs_no_warning(folders, tmp_path):
+    listed = shutil.copytree(folders["sd"], tmp_path / "listed")
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square().tolist()
+    change(listed / "scheduler" / "scheduler_config.json", trained_betas=betas)
+    torch.save(read(listed).network.model.state_dict(), tmp_path / "rd.ckpt")
+    flow = load(tmp_path / "rd.ckpt", base=listed)
+    assert float(flow.path.alphas_cumprod()[-1]) == pytest.approx(0.001578963, rel=1e-4)
+    assert torch.allclose(flow.network._scheduler(4).alphas_cumprod.double(), flow.path.alphas_cumprod(), rtol=1e-4)
+    for moved in (with_schedule(read(listed), "linear"), read(listed, schedule="linear")):
+        assert moved.path == flow.path
+        assert moved.network.config.scheduler == flow.network.config.scheduler
+    (tmp_path / "rd.ckpt").rename(tmp_path / "mine.ckpt")
+    with warnings.catch_warnings(action="error"):
+        assert load(tmp_path / "mine.ckpt", base=listed, schedule="linear").path == flow.path
+        load(tmp_path / "mine.ckpt", base=folders["sd"], scheduler=listed / "scheduler")
+    with pytest.warns(UserWarning, match=r"mine\.ckpt: its name tells no schedule") as said:
+        assert load(tmp_path / "mine.ckpt", base=listed).path.betas is not None
+    assert len(said) == 1
 
 
 def test_what_is_wrong_with_weights_is_named(folders, tmp_path):
@@ -232,6 +261,141 @@ def test_a_saved_flow_finds_its_autoencoder_as_long_as_the_pipeline_is_there(tmp
         alone = load(tmp_path / "saved")
     text = flow.network._encoders().encode(condition["tokens"], torch.float32).text
     assert alone.network(x0, torch.tensor(0.5), text=text).shape == x0.shape
+
+
+def test_a_moved_pipeline_is_named_again(tmp_path):
+    folder = stable_diffusion(tmp_path / "sd")
+    flow = load(folder)
+    x0, condition = noise(1, 4, 8, 8), conditions(flow, ["a"])
+    pictures = flow.sample(x0=x0, condition=condition, steps=1, guidance=2.0)
+    flow.save_pretrained(tmp_path / "saved")
+    pairs = make_pairs(flow, 4, tmp_path / "pairs", solver=Solver("euler", 1), conditions=tokens_of(flow))
+    student = flow.like(copy.deepcopy(flow.network))
+    student.codec = None
+    train(FlowTask(student, FlowMatching(coupling=Pairs()), pairs), tmp_path / "run", iterations=1, batch=4, **QUIET)
+    ran = load(tmp_path / "run").sample(x0=x0, condition=condition, steps=1, guidance=2.0)
+    moved = folder.rename(tmp_path / "moved")
+    with pytest.warns(UserWarning, match="give base="):
+        lost = load(tmp_path / "saved")
+    with pytest.raises(FileNotFoundError, match="give base="):
+        lost.network.tokenize(["a"])
+    for where, expected in (("saved", pictures), ("run", ran)):
+        with warnings.catch_warnings(action="error"):
+            again = load(tmp_path / where, base=moved)
+        assert torch.equal(again.network.tokenize(["a"]), condition["tokens"])
+        assert torch.equal(again.sample(x0=x0, condition=condition, steps=1, guidance=2.0), expected)
+        assert again.provenance.notes["pipeline"] == str(moved)
+        # Saved from here, it knows its new place.
+        again.save_pretrained(tmp_path / f"{where}-again")
+        assert load(tmp_path / f"{where}-again").codec is not None
+    latents = load(tmp_path / "saved", base=moved, codec=None)
+    assert latents.codec is None
+    assert torch.equal(latents.network.tokenize(["a"]), condition["tokens"])
+    with pytest.raises(FileNotFoundError, match="base: there is no folder"):
+        load(tmp_path / "saved", base=tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no folder tokenizer"):
+        load(tmp_path / "saved", base=tmp_path)
+    with pytest.raises(ValueError, match="other tokens than"):
+        load(tmp_path / "saved", base=stable_diffusion_xl(tmp_path / "xl"))
+    Flow(MLP(MLPConfig(width=4)), shape=(2,)).save_pretrained(tmp_path / "points")
+    with pytest.raises(ValueError, match="base: only a model of diffusers has a pipeline, this is a MLP"):
+        load(tmp_path / "points", base=moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_saved_flow_keeps_its_type_and_is_opened_without_drawing_weights(folders, tmp_path, dtype):
+    flow = read(folders["sd"], dtype=dtype)
+    flow.save_pretrained(tmp_path / "saved")
+    torch.save(flow.network.model.state_dict(), tmp_path / "rd.ckpt")
+    state = torch.get_rng_state()
+    again = load(tmp_path / "saved")
+    bare = read(tmp_path / "rd.ckpt", base=folders["sd"], dtype=dtype)
+    assert torch.equal(torch.get_rng_state(), state)
+    for found in (again.network, bare.network):
+        for name, value in flow.network.state_dict().items():
+            assert torch.equal(found.state_dict()[name], value)
+            assert found.state_dict()[name].dtype == dtype
+        assert all(p.requires_grad for p in found.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_students_of_half_precision_teachers_are_float32(folders, tmp_path, dtype):
+    flow = read(folders["sd"], dtype=dtype)
+    pairs = make_pairs(flow, 4, tmp_path / "pairs", solver=Solver("euler", 1), conditions=tokens_of(flow))
+    images = {"x1": noise(4, 3, 16, 16).clamp(-1, 1), "tokens": flow.network.tokenize(["a", "b", "cd", ""])}
+    for number, task in enumerate(
+        (
+            rectified_diffusion_task(flow, pairs),
+            rectified_diffusion_task(flow, pairs, low_rank=LowRank(2)),
+            phased_task(flow, images, phases=2, substeps=1, guidance=2.0),
+        )
+    ):
+        networks = (task.flow.network, task.average.network)
+        assert {p.dtype for n in networks for p in n.parameters()} == {torch.float32}
+        assert task.flow.provenance.notes["teacher_dtype"] == str(dtype).removeprefix("torch.")
+        train(task, tmp_path / f"run-{number}", iterations=1, batch=4, **QUIET)  # the phased teacher is asked, in half
+        assert load(tmp_path / f"run-{number}").dtype == torch.float32
+    assert flow.dtype == dtype
+    wide = read(folders["sd"])
+    assert "teacher_dtype" not in rectified_diffusion_task(wide, pairs, any_teacher=True).flow.provenance.notes
+
+
+def test_a_student_on_another_schedule_brings_a_sampler_of_that_schedule(folders, tmp_path):
+    flow = load(folders["sd"])
+    pairs = make_pairs(flow, 4, tmp_path / "pairs", solver=Solver("euler", 1), conditions=tokens_of(flow))
+    student = rectified_diffusion_task(flow, pairs, schedule="linear").result()
+    assert student.network.config.scheduler["beta_schedule"] == "linear"
+    assert check_convention(student, None).sampler < 1e-5
+    assert flow.network.config.scheduler["beta_schedule"] == "scaled_linear"
+    assert check_convention(rectified_diffusion_task(flow, pairs).result(), None).sampler < 1e-5
+
+
+def test_the_empty_prompt_of_sdxl_is_zeros_unless_its_pipeline_says_otherwise(folders, tmp_path):
+    folder = shutil.copytree(folders["xl"], tmp_path / "xl")
+    for told in (True, False, None):
+        index = json.loads((folders["xl"] / "model_index.json").read_text())
+        index.pop("force_zeros_for_empty_prompt")
+        index |= {} if told is None else {"force_zeros_for_empty_prompt": told}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(folder).config.force_zeros_for_empty_prompt
+        assert load(folder).network.config.zero_null == theirs == (told is not False)
+    assert not load(folders["sd"]).network.config.zero_null
+
+
+def test_cards_of_phased_students_name_steps_and_guidance(folders, tmp_path):
+    flow = load(folders["sd"])
+    images = {"x1": noise(4, 3, 16, 16).clamp(-1, 1), "tokens": flow.network.tokenize(["a", "b", "cd", ""])}
+    task = phased_task(flow, images, phases=4, substeps=1, guidance=3.0)
+    result = train(task, tmp_path / "run", iterations=1, batch=4, config={"data": {}}, **QUIET)
+    card = (write(task.result(), tmp_path / "out") / "README.md").read_text()
+    for line in ("| phases | 4 |", "| steps | 4 |", "| guidance of the teacher | 3.0 |", "num_inference_steps=4"):
+        assert line in card
+    own = write_card(result.run, result).read_text()
+    assert "| phases | 4 |" in own
+    assert "--steps 4 " in own
+    told = (write(task.result(), tmp_path / "told", steps=2, guidance=0.0) / "README.md").read_text()
+    assert all(line in told for line in ("| steps | 2 |", "| guidance at inference | 0.0 |"))
+
+
+def test_low_rank_students_hold_their_frozen_weights_once(folders, tmp_path):
+    flow = load(folders["sd"])
+    pairs = make_pairs(flow, 4, tmp_path / "pairs", solver=Solver("euler", 1), conditions=tokens_of(flow))
+    task = rectified_diffusion_task(flow, pairs, low_rank=LowRank(2), average=0.5)
+    student, average = dict(task.flow.network.named_parameters()), dict(task.average.network.named_parameters())
+    for name, parameter in student.items():
+        assert (parameter is average[name]) == ("lora_" not in name)
+    result = train(task, tmp_path / "run", iterations=2, batch=4, **QUIET)
+    (last,) = result.run.checkpoints.glob("*2")
+    trained = sum(p.numel() for p in student.values() if p.requires_grad)
+    written = sum(value.numel() for value in read_tensors(last / "model.safetensors").values())
+    assert written == sum(p.numel() for p in student.values()) + trained
+    raw, averaged = load(tmp_path / "run", averaged=False).network, load(tmp_path / "run").network
+    for found, expected in ((raw, task.flow.network), (averaged, task.average.network)):
+        assert all(torch.equal(found.state_dict()[name], value) for name, value in expected.state_dict().items())
+    # What is merged for others leaves the student as it was.
+    before = fingerprint(task.flow.network)
+    write(task.result(), tmp_path / "out")
+    assert fingerprint(task.flow.network) == before
 
 
 def test_adapters_go_through_a_run_and_are_merged_when_written(folders, tmp_path):

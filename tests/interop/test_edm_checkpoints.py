@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import types
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 import pantarhei as pr
 from pantarhei.cli.main import main
+from pantarhei.data.pickled_arrays import Builder
 from pantarhei.data.pickled_modules import ModuleRecord, read_modules
 from pantarhei.flow import Provenance
 from pantarhei.interop import edm
@@ -126,8 +128,15 @@ def test_safetensors_keep_the_flow(tmp_path):
     assert back.network.config == flow.network.config
     assert back.path.spec() == flow.path.spec()
     assert (back.provenance.rectified, back.provenance.data, back.provenance.teacher) == (1, "digits", "ours")
-    # These weights are ours: no licence of others is claimed for them.
-    assert back.provenance.notes == {"steps": 2, "read_from": "student.safetensors", "weights": "as stored"}
+    # Anyone can write our entry, so it does not take away the licence under which such weights may be.
+    assert back.provenance.notes == {
+        "steps": 2,
+        "read_from": "student.safetensors",
+        "weights": "as stored",
+        "licence": edm.LICENCE,
+    }
+    named = random_flow(GUIDED, provenance=Provenance(notes={"licence": "MIT"}))
+    assert pr.load(edm.write(named, tmp_path / "mit.safetensors")).provenance.notes["licence"] == "MIT"
     assert pr.load(path, rectified=0).path.spec()["name"] == "edm"
     save_file(flow.network.state_dict(), path, metadata={"pantarhei": '{"flow": {"path": "nowhere"}}'})
     with pytest.raises(ValueError, match=r"student\.safetensors: the entry 'pantarhei' does not describe a flow"):
@@ -152,7 +161,12 @@ def test_training_states(tmp_path):
     back = pr.load(path)
     assert same(back.network.state_dict(), flow.network.state_dict())
     assert back.network.config == flow.network.config
-    assert back.provenance.notes == {"read_from": path.name, "weights": "average", "iterations": 100}
+    assert back.provenance.notes == {
+        "read_from": path.name,
+        "weights": "average",
+        "iterations": 100,
+        "licence": edm.LICENCE,
+    }
     assert back.provenance.rectified == 1
     assert same(pr.load(path, averaged=False).network.state_dict(), raw)
 
@@ -434,13 +448,93 @@ def test_forged_storages_are_refused():
     inner = io.BytesIO()
     torch.save({"a": 1}, inner)
     for content in (b"", b"nothing", pickle.dumps(Call(os.system, "true")), inner.getvalue()):
-        refusal(tensor(0, (1,), (1,), Call(torch.storage._load_from_bytes, content)), "cannot read")
+        refusal(
+            tensor(0, (1,), (1,), Call(torch.storage._load_from_bytes, content)), r"cannot read|refused: .*\.system"
+        )
     whole = storage().call[1][0]
     for length in range(0, len(whole), 16):
         refusal(tensor(0, (6,), (1,), Call(torch.storage._load_from_bytes, whole[:length])), "cannot read")
     refusal(tensor(0, (1,), (1,), [1.0]), "a tensor without a storage")
     refusal(Call(torch.storage._load_from_bytes, "text"), "a storage from something else than bytes")
     refusal(Call(torch._utils._rebuild_parameter, [1.0], True, OrderedDict()), "a parameter that is no tensor")
+
+
+def old_storage(count, keys, data=b""):
+    """A storage in the format before PyTorch 1.6 that announces `count` numbers, and what the file holds of them."""
+
+    class Writer(pickle.Pickler):
+        def persistent_id(self, value):
+            return ("storage", torch.FloatStorage, "0", "cpu", count, None) if value is Writer else None
+
+    buffer = io.BytesIO()
+    for part in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}):
+        pickle.dump(part, buffer, protocol=2)
+    Writer(buffer, protocol=2).dump(Writer)
+    pickle.dump(keys, buffer, protocol=2)
+    return Call(torch.storage._load_from_bytes, buffer.getvalue() + data)
+
+
+def test_every_number_comes_from_the_file():
+    numbers = struct.pack("<qfff", 3, 1.0, 2.0, 3.0)
+    whole = read_modules(pickle.dumps(tensor(0, (3,), (1,), old_storage(3, ["0"], numbers))))
+    assert whole.tolist() == [1.0, 2.0, 3.0]
+    for count, keys, data in (
+        (3, [], b""),  # PyTorch's loader gives memory that nothing was written to
+        (3, [], numbers),
+        (3, ["0", "0"], numbers + numbers),
+        (3, ["1"], numbers),
+        (3, "0", numbers),
+        (4, ["0"], numbers),
+        (3, ["0"], numbers[:-1]),
+        (10**15, ["0"], struct.pack("<q", 10**15)),
+        (-1, ["0"], struct.pack("<q", -1)),
+    ):
+        refusal(tensor(0, (3,), (1,), old_storage(count, keys, data)), "cannot read")
+    refusal(tensor(0, (1,), (1,), Call(torch.Tensor, 1000)), "cannot read|refused")
+
+
+def test_many_tensors_of_one_storage_are_no_more_than_the_file():
+    shared = pickle.dumps(storage([1.0] * 50_000))[:-1] + b"q\x06"  # after those of the storage
+    view = b"ctorch._utils\n_rebuild_tensor_v2\n(h\x06K\x00M\x50\xc3\x85K\x01\x85\x89}tR"
+    few, many = (b"(" + shared + b"0" + count * view + b"t." for count in (5, 1000))
+    few = read_modules(few)
+    assert len(few) == 5
+    assert len({value.data_ptr() for value in few}) == 1
+    assert "many times the memory of the file" in refusal(many)
+
+
+def test_states_that_share_containers_are_visited_once(theirs):
+    shared, count = [list(range(100)) for _ in range(100)], 300
+    parts = [Persistent("Part") for _ in range(count)]
+    for part in parts:
+        part.shared = shared
+    raw = pickle.dumps(parts)
+    visited = []
+    visit = Builder.visit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Builder, "visit", lambda self, node: (visited.append(1), visit(self, node))[1])
+        found = read_modules(raw)
+    assert found[0].state["shared"] is found[-1].state["shared"]
+    assert len(visited) < 20_000 + 100 * count  # all states as often as the shared lists would be 3 million
+
+
+@pytest.mark.parametrize("doublings", [26, 60])
+def test_devices_and_names_of_a_few_bytes_stay_small(doublings):
+    tree = b"\x80\x04]" + b"2\x86" * doublings
+    refusal(b"\x80\x04ctorch\ndevice\n" + tree[2:] + b"\x85R.", "cannot read")
+    refusal(b"\x80\x04ctorch._utils\n_rebuild_tensor_v2\n(NK\x00" + tree[2:] + b")tR.", "cannot read")
+    assert read_modules(pickle.dumps(torch.device("cuda:1"))) == "cuda:1"
+
+
+def test_weights_of_stride_0_do_not_grow(tmp_path):
+    state = random_flow().network.state_dict()
+    wide = {**state, "enc.8x8_block0.conv0.weight": torch.zeros(1).expand(1 << 20, 1 << 14, 1, 1)}
+    path = saved(wide, tmp_path / "wide.pth")
+    with pytest.raises(
+        ValueError, match=r"wide\.pth.*a tensor of shape \(1048576, 16384, 1, 1\).* in 1 numbers"
+    ) as caught:
+        pr.load(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_states_cannot_be_set_on_answers(theirs):

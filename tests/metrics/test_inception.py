@@ -110,7 +110,8 @@ def test_files_that_do_not_fit_are_refused(state, tmp_path):
     for change, message in [
         ({}, "lacks 'Conv2d_1a_3x3.conv.weight'"),
         (
-            {key: torch.zeros(1).expand(v.shape) for key, v in state.items() if v.ndim == 4} | {"aux": torch.ones(1)},
+            {key: torch.zeros(v.shape, dtype=torch.uint8) for key, v in state.items() if v.ndim == 4}
+            | {"aux": torch.ones(1)},
             "'aux'",
         ),
         ({"Conv2d_1a_3x3.conv.weight": torch.zeros(32, 1, 3, 3)}, r"shape \(32, 1, 3, 3\)"),

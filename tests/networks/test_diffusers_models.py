@@ -128,6 +128,59 @@ def test_text_encoders_belong_to_no_state_and_encode_a_batch_once(folders):
         network.tokenize("a cat")
 
 
+def test_steps_with_the_same_tensor_do_not_look_at_its_numbers(folders, monkeypatch):
+    network = read(folders["sd"]).network
+    tokens, x = network.tokenize(["a", "b"]), draw(2, 4, 8, 8)
+    first, looks, plain = network(x, torch.tensor(0.1), tokens=tokens), [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self, *args: (looks.append(1), plain(self, *args))[1])
+    assert torch.equal(network(x, torch.tensor(0.1), tokens=tokens), first)
+    assert not looks
+    tokens[0] = tokens[1]  # changed where it stands, it is another prompt
+    changed = network(x, torch.tensor(0.1), tokens=tokens)
+    assert looks
+    assert not torch.equal(changed, first)
+    with torch.inference_mode():
+        assert torch.equal(network(x, torch.tensor(0.1), tokens=tokens.clone()), changed)
+
+
+def test_text_encoders_are_as_wide_as_what_is_asked(folders):
+    wide = read(folders["sd"]).network
+    tokens = wide.tokenize(["a", "cd"])
+    expected = wide._encoders().encode(tokens, torch.float32).text
+    both = read(folders["sd"]).network._encoders()
+    half = both.encode(tokens, torch.bfloat16).text
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(both.encode(tokens, torch.float32).text, expected)
+    assert not torch.equal(half.float(), expected)
+    assert next(both._encoders[0].parameters()).dtype == torch.float32  # and stays so: no loading back and forth
+    both.encode(tokens[:1], torch.bfloat16)
+    assert next(both._encoders[0].parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["sd", "xl", "sd3"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_model_is_asked_in_float32(folders, name, dtype):
+    half, wide = read(folders[name], dtype=dtype).network, read(folders[name]).network
+    tokens, x, t = half.tokenize(["a", "b"]), draw(2, 4, 8, 8), torch.tensor(0.3)
+    output = half(x, t, tokens=tokens)
+    assert output.dtype == torch.float32
+    assert torch.equal(output, half(x.to(dtype), t, tokens=tokens).float())
+    assert torch.allclose(output, wide(x, t, tokens=tokens), atol=0.1)
+
+
+def test_the_own_scheduler_follows_a_path():
+    path = Numbered("linear", 0.001, 0.01, 50)
+    network = DiffusersNetwork(DiffusersConfig("UNet2DModel", GREY, scheduler={"trained_betas": [0.1, 0.2]}))
+    network.follow(path.spec())
+    assert torch.allclose(network._scheduler(5).alphas_cumprod.double(), path.alphas_cumprod(), rtol=1e-5)
+    listed = Numbered(betas=(0.1, 0.3, 0.2))
+    assert torch.allclose(
+        network.follow(listed.spec())._scheduler(3).alphas_cumprod.double(), listed.alphas_cumprod(), rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="flow-matching"):
+        DiffusersNetwork(DiffusersConfig("UNet2DModel", GREY, clock="flow")).follow(path.spec())
+
+
 def test_embeddings_may_be_given_directly():
     network = DiffusersNetwork(DiffusersConfig("UNet2DConditionModel", UNET))
     assert network.condition_names == ("text",)
@@ -186,6 +239,7 @@ def test_adapters_start_as_nothing_train_alone_and_merge(folders, tmp_path):
         ({"model": "UNet3D"}, "unknown model 'UNet3D'"),
         ({"model": "UNet2DModel", "clock": "sundial"}, "unknown clock 'sundial'"),
         ({"model": "UNet2DConditionModel", "settings": {**UNET, "in_channels": 9}}, "9 channels in and 4 out"),
+        ({"model": "UNet2DConditionModel", "settings": {**UNET, "time_cond_proj_dim": 8}}, "time_cond_proj_dim 8"),
         ({"model": "UNet2DModel", "settings": {**GREY, "class_embed_type": "timestep"}}, "class_embed_type 'timestep'"),
     ],
 )

@@ -76,6 +76,14 @@ def test_wrong_files_are_refused(files, tmp_path):
     torch.save({**state, "features.0.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "thin.pth")
     with pytest.raises(ValueError, match=r"has shape \(32, 3, 3, 3\), VGG16 has \(64, 3, 3, 3\)"):
         VGG16Features.from_file(tmp_path / "thin.pth")
+    torch.save({"state_dict": 5}, tmp_path / "five.pth")
+    with pytest.raises(ValueError, match=r"'state_dict' in .* is a int; expected the state dict"):
+        VGG16Features.from_file(tmp_path / "five.pth")
+    torch.save({3: torch.zeros(1), (4, 5): "x"}, tmp_path / "keys.pth")
+    with pytest.raises(ValueError, match=r"holds 3, \(4, 5\), \.\.\.; expected the state dict"):
+        VGG16Features.from_file(tmp_path / "keys.pth")
+    with pytest.raises(ValueError, match="LPIPS for VGG16 has"):
+        linear_weights(tmp_path / "keys.pth")
     torch.save(linear[:4], tmp_path / "four.pt")
     with pytest.raises(ValueError, match="LPIPS for VGG16 has"):
         linear_weights(tmp_path / "four.pt")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pantarhei.flow import Flow
+from pantarhei.flow.grids import make_grid
 from pantarhei.flow.interpolants import Interpolant
 from pantarhei.flow.paths import Cosine, Linear, Numbered, SubVP, build_path
 from pantarhei.networks import MLP, MLPConfig
@@ -307,31 +308,47 @@ def test_the_cheapest_way_is_found(count, data):
 
 
 @pytest.mark.parametrize(("path", "predicts"), [("linear", "velocity"), ("edm", "edm")])
-def test_no_grid_has_a_lower_summed_cost(monkeypatch, path, predicts):
-    kept = {}
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_a_tuned_grid_is_never_worse_than_those_it_is_compared_with(path, predicts, steps):
+    flow, x0 = mixture_flow(path, predicts), noise(32)
+    low, high = flow.interval
+    grid = tuned_grid(flow, steps, x0, nodes=32)
+    assert len(grid) == steps + 1
+    assert grid[0] == low
+    assert grid[-1] == pytest.approx(high)
+    assert all(b > a for a, b in itertools.pairwise(grid))
+    fine = flow.sample(x0=x0, steps=64, method="edm", final="state")
+    others = [make_grid(steps, (low, high), kind=kind, path=flow.path) for kind in ("uniform", "logsnr")]
+    errors = [
+        float((flow.sample(x0=x0, steps=tuple(nodes), method="ddim", final="state") - fine).square().mean())
+        for nodes in (grid, *others)
+    ]
+    # The fine solution that it was tuned by is a coarser one.
+    assert errors[0] <= 1.02 * min(errors[1:]) + 1e-4
+
+
+def test_the_summed_cost_of_the_grid_that_is_found(monkeypatch):
+    kept = []
 
     def spy(times, cost, steps):
-        kept.update(times=times, cost=cost)
-        return shortest(times, cost, steps)
+        found = shortest(times, cost, steps)
+        kept.append((times, cost, found))
+        return found
 
     monkeypatch.setattr(tuned_grids, "shortest", spy)
-    flow = mixture_flow(path, predicts)
-    low, high = flow.interval
-    grid = tuned_grid(flow, 4, noise(32), nodes=32)
-    times, cost = kept["times"], kept["cost"]
-    assert len(grid) == 5
-    assert (grid[0], grid[-1]) == (low, high)
-    assert all(b > a for a, b in itertools.pairwise(grid))
-
-    def price(nodes):
-        return sum(float(cost[times.index(a), times.index(b)]) for a, b in itertools.pairwise(nodes))
-
-    uniform = [min(times, key=lambda t, i=i: abs(t - low - (high - low) * i / 4)) for i in range(5)]
-    assert price(grid) <= price(uniform)
+    flow = mixture_flow()
+    tuned_grid(flow, 4, noise(32), nodes=32)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(200):
-        inner = sorted((1 + torch.randperm(len(times) - 2, generator=generator)[:3]).tolist())
-        assert price(grid) <= price([low, *(times[i] for i in inner), high]) + 1e-12
+    for times, cost, found in kept:
+
+        def price(nodes, times=times, cost=cost):
+            return sum(float(cost[times.index(a), times.index(b)]) for a, b in itertools.pairwise(nodes))
+
+        uniform = [min(times, key=lambda t, i=i: abs(t - i / 4)) for i in range(5)]
+        assert price(found) <= price(uniform)
+        for _ in range(100):
+            inner = sorted((1 + torch.randperm(len(times) - 2, generator=generator)[:3]).tolist())
+            assert price(found) <= price([0.0, *(times[i] for i in inner), 1.0]) + 1e-12
 
 
 def test_a_tuned_grid_samples_better_than_an_even_one():

@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 import threading
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -364,6 +365,46 @@ def test_files_that_do_not_belong_together_are_named(tmp_path):
         open_pairs(tmp_path)
     with pytest.raises(FileNotFoundError):
         StatePairs(tmp_path)
+
+
+def test_a_small_archive_does_not_unpack_to_a_large_file(tmp_path):
+    folder = tmp_path / "pairs"
+    reference(folder, count=2)
+    for declared in (10_000_000, 32):  # what the directory says of the same ten megabytes
+        with zipfile.ZipFile(folder / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("00000.bin", bytes(10_000_000))
+            archive.writestr("00001.bin", bytes(32))
+            archive.filelist[0].file_size = declared
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=r"00000\.bin(:| has) (10000000 bytes; expected at most 32|wrong size)"):
+            open_pairs(folder)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+        tracemalloc.stop()
+    (folder / "z.zip").unlink()
+    (folder / "z").mkdir()
+    (folder / "z" / "00000.bin").write_bytes(bytes(33))
+    (folder / "z" / "00001.bin").write_bytes(bytes(32))
+    with pytest.raises(ValueError, match=r"00000\.bin has 33 bytes; expected at most 32"):
+        open_pairs(folder)
+
+
+@pytest.mark.parametrize("label", ["\u00b2", "\u0661", "99999999999999999999", "9" * 5000, "-1", ""])
+def test_labels_are_plain_numbers(tmp_path, label):
+    reference(tmp_path, count=2)
+    lines = tmp_path / "images_labels.csv"
+    lines.write_text(f"00000.png,0\n00001.png,{label}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 2: expected name\.png,label, got '00001\.png,") as caught:
+        open_pairs(tmp_path)
+    assert len(str(caught.value)) < 300
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"00000.png,0\n\xff\xfe.png,1\n", b"00000.png," + b"1" * 200_000 + b"\n"])
+def test_tables_that_are_none_are_refused(tmp_path, content):
+    reference(tmp_path, count=2)
+    (tmp_path / "images_labels.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"images_labels\.csv is no table of name\.png,label"):
+        open_pairs(tmp_path)
 
 
 def test_a_finished_store_that_lost_a_file_is_refused(tmp_path):

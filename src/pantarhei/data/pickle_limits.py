@@ -23,10 +23,13 @@ class Allowance:
 
     Args:
         size: of the file, in bytes.
+
+    Attributes:
+        left: what is left of it.
     """
 
     def __init__(self, size: int) -> None:
-        self._left = _TIMES * size + _BESIDES
+        self.left = _TIMES * size + _BESIDES
 
     def take(self, amount: int) -> None:
         """Use some of it.
@@ -34,8 +37,8 @@ class Allowance:
         Raises:
             ValueError: so much is not left.
         """
-        self._left -= amount
-        if self._left < 0:
+        self.left -= amount
+        if self.left < 0:
             raise ValueError("its content takes many times the memory of the file")
 
     def weigh(self, node: Any) -> None:

@@ -19,6 +19,8 @@ from pantarhei.data.pickle_limits import Allowance, naturals, shown
 # kind letter and byte size, with an optional byte order; 'b1' is bool
 _PLAIN = re.compile(r"[<>=|]?(?:b1|[iufc]\d+|[SUV]\d+|O\d*|\?)")
 
+_WRITTEN_OUT = 16  # a tree may share a good deal, but not so much that a message about it fills the memory
+
 
 class DtypeRecord:
     """Stands for a ``numpy.dtype`` while a pickle is read."""
@@ -123,7 +125,8 @@ def array_from_buffer(
 class Builder:
     """Replaces the records in a tree of plain containers by what they stand for, each once.
 
-    A record is an object whose class has a method `built(builder)`.
+    A record is an object whose class has a method `built(builder)`. A tree that is far larger than the file once everything
+    shared in it is written out, as `repr` and copies do, is refused.
 
     Args:
         allowance: how much may be made of them.
@@ -131,12 +134,14 @@ class Builder:
 
     def __init__(self, allowance: Allowance) -> None:
         self.allowance = allowance
-        # The original stays in the entry: were it freed, another object could get its id.
-        self._done: dict[int, tuple[Any, Any]] = {}
+        self._most, self._weight = _WRITTEN_OUT * allowance.left, 0
+        # What a node has become, and how many entries it has when written out. The original stays in the entry: were it
+        # freed, another object could get its id.
+        self._done: dict[int, tuple[Any, Any, int]] = {}
 
-    def keep(self, node: Any, result: Any) -> Any:
+    def keep(self, node: Any, result: Any, weight: int = 1) -> Any:
         """Note what a node has become; before its content is visited where it may contain itself."""
-        self._done[id(node)] = (node, result)
+        self._done[id(node)] = (node, result, weight)
         return result
 
     def visit(self, node: Any) -> Any:
@@ -144,16 +149,27 @@ class Builder:
         # Asked of the class: what an object says of itself may come out of the file.
         built = getattr(type(node), "built", None)
         if built is None and not isinstance(node, (list, tuple, dict, set, frozenset)):
+            # Short texts are names, which many dicts share.
+            self._weigh(len(node) if isinstance(node, (str, bytes)) and len(node) > 64 else 1)
             return node
         if id(node) in self._done:
+            self._weigh(self._done[id(node)][2])
             return self._done[id(node)][1]
+        before = self._weight
         if built is not None:
-            return self.keep(node, built(node, self))
-        if isinstance(node, (list, dict, set)):
-            self.keep(node, node)
+            result = built(node, self)
+        elif isinstance(node, (list, dict, set)):
+            result = self.keep(node, node)
             self._refill(node)
-            return node
-        return self.keep(node, type(node)(self.visit(entry) for entry in node))
+        else:
+            result = type(node)(self.visit(entry) for entry in node)
+        self._weigh(1)
+        return self.keep(node, result, self._weight - before)
+
+    def _weigh(self, entries: int) -> None:
+        self._weight += entries
+        if self._weight > self._most:
+            raise ValueError("its content takes many times the memory of the file")
 
     def _refill(self, node: Any) -> None:
         if isinstance(node, list):

@@ -126,7 +126,8 @@ def read(
             flow = Flow.from_spec(stored, network)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path}: the entry {OWN!r} does not describe a flow ({error})") from None
-        return flow.like(network, notes={**flow.provenance.notes, **notes})
+        # Anyone can write such an entry, which then must not hide whose weights these may be.
+        return flow.like(network, notes={"licence": LICENCE, **flow.provenance.notes, **notes})
     return _flow(network, rectified or 0, distilled, told, {**notes, "licence": LICENCE})
 
 

@@ -61,7 +61,8 @@ def add_lora(network: nn.Module, rank: int, alpha: float | None = None, targets:
     scale = (rank if alpha is None else alpha) / rank
     for _, layer in layers:
         full = min(layer.weight.shape[0], layer.weight[0].numel())
-        parametrize.register_parametrization(layer, "weight", LowRankSum(layer.weight, min(rank, full), scale))
+        addition = LowRankSum(layer.weight, min(rank, full), scale)
+        parametrize.register_parametrization(layer, "weight", addition, unsafe=True)  # a sum has its weight's shape
     network.lora = {"rank": rank, "alpha": alpha, "targets": list(targets)}  # type: ignore[assignment]
     return network
 
@@ -73,9 +74,11 @@ def merge_lora(network: nn.Module) -> nn.Module:
     """
     for layer in list(network.modules()):
         if parametrize.is_parametrized(layer, "weight"):
+            # Not by remove_parametrizations: that takes the weight from a class which copies of the layer share.
             merged = nn.Parameter(getattr(layer, "weight").detach())  # noqa: B009 - any layer may have one
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-            layer.weight = merged
+            del layer.parametrizations
+            layer.__class__ = type(layer).__bases__[0]
+            layer.register_parameter("weight", merged)
     own: dict[int, nn.Parameter] = {}
     for layer in network.modules():
         for name, parameter in list(layer.named_parameters(recurse=False)):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pantarhei.data import load_weights
+from pantarhei.data.torch_files import read_torch
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -125,7 +126,7 @@ def linear_weights(path: str | Path) -> list[Tensor]:
     path = Path(path)
     loaded = _listed(path) or load_weights(path)
     if isinstance(loaded, Mapping):
-        weights = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+        weights = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
         numbered = {key: re.search(r"\d+", key) for key in weights}
         if not all(numbered.values()):
             raise ValueError(f"linear: {path} holds {', '.join(list(weights)[:5])}; expected lin0 to lin4 of LPIPS")
@@ -144,8 +145,8 @@ def _listed(path: Path) -> Sequence[Tensor] | None:
     if not path.is_file() or path.suffix == ".safetensors":
         return None
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # `load_weights` tells what is wrong
+        loaded = read_torch(path)
+    except ValueError:  # `load_weights` tells what is wrong
         return None
     plain = isinstance(loaded, (list, tuple)) and loaded and all(isinstance(value, Tensor) for value in loaded)
     return loaded if plain else None
@@ -154,11 +155,14 @@ def _listed(path: Path) -> Sequence[Tensor] | None:
 def _fitting(path: str | Path, loaded: Mapping[str, Any]) -> dict[str, Tensor]:
     """The convolutions' tensors by our keys; a state dict of torchvision's `features` alone lacks the prefix."""
     nested = loaded.get("state_dict", loaded)
+    if not isinstance(nested, Mapping):
+        got = type(nested).__name__
+        raise ValueError(f"vgg: 'state_dict' in {path} is a {got}; expected the state dict of torchvision's VGG16")
     found = {}
     for key, value in nested.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and isinstance(key, str):
             found[f"features.{key}" if re.match(r"\d", key) else key] = value.float()
     if not any(key.startswith("features.") for key in found):
-        names = ", ".join(list(nested)[:3]) or "nothing"
+        names = ", ".join([str(key) for key in nested][:3]) or "nothing"
         raise ValueError(f"vgg: {path} holds {names}, ...; expected the state dict of torchvision's VGG16")
     return found

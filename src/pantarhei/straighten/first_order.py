@@ -108,7 +108,7 @@ def first_order(
             for name, (first, second) in sums.items()
         }
         raw, chord = _raw_straightness(flow, x0, condition, steps)
-        fine = flow.sample(x0=x0, steps=2 * steps, method="heun", condition=condition, decode=False)
+        fine = flow.sample(x0=x0, steps=2 * steps, method="edm", condition=condition, decode=False)
         reference = fine if teacher is None else teacher
         found_gaps = {n: float((_few(flow, x0, n, condition) - reference).double().square().mean()) for n in gaps}
     variance = float(fine.double().var(dim=0).sum())
@@ -134,7 +134,7 @@ def _raw_straightness(flow: Flow, x0: Tensor, condition: Any, steps: int) -> tup
     low, high = flow.interval
     times = [low + (high - low) * i / steps for i in range(steps + 1)]
     first = float(flow.path.sigma(torch.tensor(low, dtype=torch.float64)))
-    states = flow.transport(first * x0, times, steps=tuple(times), method="heun", condition=condition).xs
+    states = flow.transport(first * x0, times, steps=tuple(times), method="edm", condition=condition).xs
     shift = (states[-1] - states[0]).double()
     speeds = (states[1:] - states[:-1]).double() / (times[1] - times[0])
     gap = (shift / (high - low) - speeds).square().flatten(2).sum(2).mean()

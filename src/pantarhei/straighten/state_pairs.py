@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pantarhei.data.shards import HEADER
 from pantarhei.files import read_json
-from pantarhei.straighten.noise_states import checksum, noise_from_states
+from pantarhei.straighten.noise_states import STATE_BYTES, checksum, noise_from_states
 from pantarhei.straighten.state_files import (
     LABELS,
     SAMPLES,
@@ -122,7 +122,8 @@ class StatePairs:
             self._open()
 
     def _open(self) -> None:
-        states, samples = find_entries(self.folder, STATES, ".bin"), find_entries(self.folder, SAMPLES, ".png")
+        states = find_entries(self.folder, STATES, ".bin", STATE_BYTES)
+        samples = find_entries(self.folder, SAMPLES, ".png")
         count = len(self) if self._parts is not None else len(states.names)
         if self._parts is None:
             names = sorted(name.removesuffix(".bin") for name in states.names)

@@ -8,7 +8,7 @@ RING_TEACHER = (
     "Adam steps of batch 256); 10,000 pairs of it (40 steps of EDM's Heun sampler). "
 )
 DIGITS_TEACHER = (
-    "8x8 digits. Teacher: noise prediction on Stable Diffusion's linear schedule (U-Net of 0.4 million weights, 2,000 Adam "
+    "8x8 digits. Teacher: noise prediction on Stable Diffusion's linear schedule (U-Net of 0.4 million weights, 1,500 Adam "
     "steps of batch 64); 4,096 pairs of it (12 steps of EDM's Heun sampler). "
 )
 ERROR = (
@@ -44,7 +44,7 @@ def _pairings_claims(what: str) -> tuple[Claim, ...]:
 PAIRINGS = (
     Experiment(
         "pairs-ring",
-        RING_TEACHER + PAIRINGS_ABOUT + "1,000 steps. " + ERROR,
+        RING_TEACHER + PAIRINGS_ABOUT + "500 steps. " + ERROR,
         pairings.ring,
         _pairings_claims("ring"),
         seeds=5,
@@ -54,7 +54,7 @@ PAIRINGS = (
     ),
     Experiment(
         "pairs-moons",
-        RING_TEACHER.replace("Ring of eight modes", "Two moons") + PAIRINGS_ABOUT + "1,000 steps. " + ERROR,
+        RING_TEACHER.replace("Ring of eight modes", "Two moons") + PAIRINGS_ABOUT + "500 steps. " + ERROR,
         pairings.moons,
         _pairings_claims("two moons"),
         seeds=5,
@@ -62,7 +62,7 @@ PAIRINGS = (
     ),
     Experiment(
         "pairs-digits",
-        DIGITS_TEACHER + PAIRINGS_ABOUT + "600 steps. " + ERROR,
+        DIGITS_TEACHER + PAIRINGS_ABOUT + "500 steps. " + ERROR,
         pairings.digits,
         _pairings_claims("digits"),
         seeds=5,
@@ -173,8 +173,8 @@ LOSSES_ABOUT = (
     "Ring of eight modes; two teachers of 3,000 Adam steps of batch 256 (perceptron of 3 x 128), noise and v-prediction, "
     "10,000 pairs each. The noise teacher goes on training with the pseudo-Huber loss of the data estimate (the published "
     "code), the squared error of the noise (the paper's Algorithm 4), or that of the path's velocity; the v teacher with "
-    "the first. 300 and 1,500 steps; exact 2-Wasserstein distance of 2,000 one-step samples to fresh data, and error against "
-    "the own teacher. "
+    "the first. 300 and 1,500 steps; exact 2-Wasserstein distance of 2,000 one-step samples to fresh data, and error "
+    "against the own teacher. "
 )
 LOSSES = (
     Experiment(
@@ -243,7 +243,7 @@ VARIANTS = (
         "phases",
         RING_TEACHER.partition("; ")[0]
         + ". Students of 1, 2 and 4 phases (even in the schedule's number, 16 DDIM steps of "
-        "the teacher over all of them), 1,000 Adam steps each on real data, by first-order segments and by chords in t (as "
+        "the teacher over all of them), 800 Adam steps each on real data, by first-order segments and by chords in t (as "
         "piecewise rectified flow has them; sampled by Euler). Squared distance of one step a phase to the finely solved "
         "teacher, over the variance; also of the one-phase student in 2 and 4 steps.",
         phases.phased,

@@ -11,7 +11,7 @@ from pantarhei.reproduce.rectified_diffusion.teachers import BATCH, RING, adam, 
 from pantarhei.reproduce.training import run
 from pantarhei.straighten import Phases, phased_task
 
-COUNTS, ITERATIONS = (1, 2, 4), 1000
+COUNTS, ITERATIONS = (1, 2, 4), 800
 SUBSTEPS = 16  # of the teacher over all phases
 
 
