@@ -292,9 +292,9 @@ def test_shared_entries_stay_shared():
 @pytest.mark.parametrize(
     "content",
     [
-        b"\x80\x04Nr" + struct.pack("<I", 2**31) + b".",  # the C unpickler makes a table of that many entries
+        b"\x80\x04Nr" + struct.pack("<I", 30_000_000) + b".",  # the C unpickler makes a table of that many entries
         b"\x80\x05\x96" + struct.pack("<Q", 10**9) + b".",  # a byte array
-        b"\x80\x04B" + struct.pack("<I", 2**31) + b".",
+        b"\x80\x04B" + struct.pack("<I", 10**9) + b".",
         b"\x80\x04\x95" + struct.pack("<Q", 10**9) + b"N.",  # a frame
     ],
 )

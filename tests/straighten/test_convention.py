@@ -19,7 +19,7 @@ def times(target, factor):
     return GaussianMixture(target.weights, factor * target.means, factor**2 * target.covariances)
 
 
-def image_like(size=32):
+def image_like(size=16):
     """A Gaussian whose variances fall like those of images, which tells schedules apart better than a few points do."""
     variances = 0.5 * torch.arange(1, size + 1, dtype=torch.float64) ** -2.0
     one = torch.ones(1, dtype=torch.float64)
@@ -28,7 +28,7 @@ def image_like(size=32):
 
 @pytest.fixture(scope="module")
 def points():
-    return ring().sample(256, torch.Generator().manual_seed(0))
+    return ring().sample(128, torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_an_edm_network_taken_for_another(points):
 @pytest.mark.parametrize("described", SCHEDULES)
 def test_the_schedule(spectrum, true, described):
     network = MixtureEnds(image_like(), SCHEDULES[true], "noise")
-    flow = Flow(network, path=SCHEDULES[described], predicts="noise", shape=(32,))
+    flow = Flow(network, path=SCHEDULES[described], predicts="noise", shape=(16,))
     if true == described:
         assert check_convention(flow, spectrum).denoises
     else:
@@ -137,9 +137,9 @@ def test_the_schedule(spectrum, true, described):
 def test_a_discrete_model_taken_for_the_score_sde(spectrum):
     # Ho et al.'s schedule is the score SDE's to one part in a thousand: either description is right.
     assert check_convention(
-        Flow(MixtureEnds(image_like(), DDPM, "noise"), path=VP(), predicts="noise", shape=(32,)), spectrum
+        Flow(MixtureEnds(image_like(), DDPM, "noise"), path=VP(), predicts="noise", shape=(16,)), spectrum
     ).denoises
-    other = Flow(MixtureEnds(image_like(), VP(), "noise"), path=SCHEDULES["linear"], predicts="noise", shape=(32,))
+    other = Flow(MixtureEnds(image_like(), VP(), "noise"), path=SCHEDULES["linear"], predicts="noise", shape=(16,))
     refused(other, spectrum, "another schedule (name numbered, schedule linear)")
 
 

@@ -65,6 +65,11 @@ def default_steps(flow: Flow) -> int:
     return int(notes.get("steps", notes.get("sampling_steps", 50)))
 
 
+def own_guidance(flow: Flow) -> float:
+    """Guidance that a flow's notes name for sampling; none for others."""
+    return float(flow.provenance.notes.get("guidance", 1.0))
+
+
 def read_input(path: Path, flow: Flow, count: int, keys: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
     """Items to start from, and their conditions where the file has them; as many as asked for.
 

@@ -20,6 +20,7 @@ from pantarhei.cli.opening import (
     data_of,
     default_steps,
     open_flow,
+    own_guidance,
     read_input,
     save_picture,
     with_null_labels,
@@ -112,7 +113,7 @@ def sample(
     label: int | None = None,
     prompt: tuple[str, ...] = (),
     prompts: Path | None = None,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     shift: float = 1.0,
     final: Final = "auto",
     noise: Stochastic = Stochastic(),
@@ -140,7 +141,7 @@ def sample(
         label: class of all samples; drawn evenly where it is left out.
         prompt: what to draw, one text or several.
         prompts: a text file with a prompt a line, or a folder of texts.
-        guidance: classifier-free guidance scale; 1 is none.
+        guidance: classifier-free guidance scale; 1 is none. By default what the flow was published with, else none.
         shift: resolution shift of the time grid; above 1 spends more steps near the noise.
         final: denoise ends with one more evaluation where noise is left, state does not, clean ends with the last step's
             estimate of the data instead (no noise left, no evaluation added); auto is denoise where it is needed.
@@ -163,7 +164,11 @@ def sample(
     if flow.provenance.notes.get("direction"):
         raise ValueError("this flow was distilled to run from data to source; use pantarhei invert")
     sde = noise.wanted or flow.stochastic
-    options: dict[str, Any] = {"steps": steps or default_steps(flow), "guidance": guidance, "shift": shift}
+    options: dict[str, Any] = {
+        "steps": steps or default_steps(flow),
+        "guidance": own_guidance(flow) if guidance is None else guidance,
+        "shift": shift,
+    }
     if rtol is not None:
         if sde or steps is not None or method not in ("bosh3", "dopri5", "tsit5"):
             raise ValueError("--rtol: goes with --method bosh3, dopri5 or tsit5, and without --steps and --sde")

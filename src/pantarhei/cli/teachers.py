@@ -163,9 +163,9 @@ class Additions:
     alpha: float | None = None
     targets: tuple[str, ...] = ()
 
-    def low_rank(self) -> LowRank | None:
+    def low_rank(self, seed: int) -> LowRank | None:
         """As an option of a task."""
-        return LowRank(self.rank, self.alpha, self.targets) if self.rank else None
+        return LowRank(self.rank, self.alpha, self.targets, seed) if self.rank else None
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Student:
         start = None if self.start is None else load(self.start).network
         return {
             "start": start,
-            "low_rank": self.additions.low_rank(),
+            "low_rank": self.additions.low_rank(self.learning.seed),
             "teacher": str(teacher),
             **self.learning.task_options(),
         }

@@ -6,14 +6,16 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from pantarhei.data.seeds import mix
 from pantarhei.flow import Flow
 from pantarhei.flow.paths import Numbered
 from pantarhei.flow.predictions import Elsewhere
 from pantarhei.networks.diffusers_adapters import TARGETS, adapt
 from pantarhei.networks.diffusers_models import HALVES, DiffusersNetwork
-from pantarhei.networks.lora import add_lora
+from pantarhei.networks.lora import add_lora, merge_lora
 from pantarhei.straighten.stores import PairSource
 
 
@@ -26,11 +28,17 @@ class LowRank:
         alpha: their scale is alpha / rank; by default alpha = rank.
         targets: parts of the names of the layers that get one; all linear layers and convolutions by default. Models of
             diffusers get theirs through peft, by default in their attention.
+        seed: of their first values.
     """
 
     rank: int = 8
     alpha: float | None = None
     targets: tuple[str, ...] = ()
+    seed: int = 0
+
+
+# Notes that describe how a teacher was made or is sampled, and not its student.
+OF_THE_TEACHER = ("steps", "phases", "sampling_steps", "guidance_of_teacher", "low_rank")
 
 
 def make_student(
@@ -55,11 +63,13 @@ def make_student(
         teacher: its name, for the provenance.
         notes: further notes for the provenance.
     """
-    kept = {key: value for key, value in flow.provenance.notes.items() if key != "steps"}
+    kept = {key: value for key, value in flow.provenance.notes.items() if key not in OF_THE_TEACHER}
     if pairs is not None:
         kept |= {"pairs": len(pairs), "guidance_in_pairs": pairs.header["guidance"]}
     kept |= notes or {}
     network = copy.deepcopy(start or flow.network).requires_grad_(True)
+    if getattr(network, "lora", None) is not None:
+        merge_lora(network)  # it goes on from what the additions made of it
     if any(p.dtype in HALVES for p in network.parameters()):
         network.float()
     if flow.dtype in HALVES:
@@ -69,10 +79,12 @@ def make_student(
         network.follow(path.spec())  # a student may be on another schedule than its teacher
     if low_rank is not None:
         targets = low_rank.targets
-        if isinstance(network, DiffusersNetwork):
-            adapt(network, low_rank.rank, low_rank.alpha, targets or TARGETS)
-        else:
-            add_lora(network, low_rank.rank, low_rank.alpha, targets)
+        with torch.random.fork_rng():
+            torch.manual_seed(mix(low_rank.seed, 63))
+            if isinstance(network, DiffusersNetwork):
+                adapt(network, low_rank.rank, low_rank.alpha, targets or TARGETS)
+            else:
+                add_lora(network, low_rank.rank, low_rank.alpha, targets)
         kept["low_rank"] = low_rank.rank
     student = flow.like(network, rectified=flow.provenance.rectified + 1, teacher=teacher, notes=kept)
     student.codec = None  # pairs live in the flow's space already

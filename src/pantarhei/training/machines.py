@@ -65,10 +65,12 @@ def _fully_shard(module: nn.Module, device_mesh: Any) -> nn.Module:
     whole parameters behind where the optimiser, the average and the checkpoint expect shards.
     """
     from torch.distributed.fsdp import fully_shard
+    from torch.nn.utils.parametrize import ParametrizationList
 
     mesh = device_mesh["data_parallel"] if "data_parallel" in (device_mesh.mesh_dim_names or ()) else device_mesh
-    for part in list(module.modules()):
-        if isinstance(part, (nn.ModuleList, nn.Sequential)):
+    # From the innermost lists outwards, as nested shards want it; additions to a weight are sharded with their layer.
+    for part in reversed(list(module.modules())):
+        if isinstance(part, (nn.ModuleList, nn.Sequential)) and not isinstance(part, ParametrizationList):
             for block in part:
                 if not isinstance(block, (nn.ModuleList, nn.Sequential)) and any(True for _ in block.parameters()):
                     fully_shard(block, mesh=mesh, reshard_after_forward=True)
