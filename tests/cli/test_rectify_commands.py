@@ -111,13 +111,12 @@ def test_a_surrogate_and_low_rank(folder, teacher):
     card = (out / "README.md").read_text()
     assert "surrogate" in card
     assert "pseudo-Huber, c = 0.01 D" in card
-    # Another student goes on from it, and from pairs that are there already.
+    # Another student goes on from it, its additions merged, and from pairs that are there already.
     again = ["--pairs-from", out / "pairs", "--pair-method", "ddim", "--pair-steps", 2, *SHORT]
     assert run("straighten", "rfpp", teacher, "--out", folder / "again", "--start", out, *again) == 0
-    assert pr.load(folder / "again").network.lora is not None
+    assert getattr(pr.load(folder / "again").network, "lora", None) is None
 
 
-@pytest.mark.xfail(strict=True, reason="mixed pairs are on no disk, and OUT/inverted is no part of a run")
 @pytest.mark.parametrize("share", [0.5, 1])
 def test_real_data_are_mixed_in(folder, teacher, share):
     out = folder / f"real-{share}"

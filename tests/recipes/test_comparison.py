@@ -196,7 +196,6 @@ def test_an_interrupted_student_does_not_count_as_done(teacher, reference, tmp_p
     assert (tmp_path / "phased-4/checkpoints/00000040").is_dir()
 
 
-@pytest.mark.xfail(strict=True, reason="an interrupted trial is taken for a short one")
 def test_ctrl_c_while_iterations_are_timed_stops(teacher, reference, tmp_path):
     interrupted(teacher, reference, tmp_path, 2)
     assert not (tmp_path / "phased-4.json").is_file()

@@ -166,6 +166,8 @@ def straighten_phased(
             what is trained on, where the teacher's run does not name its data.
     """
     opened = student.open_teacher(teacher, out)
+    if guidance != 1.0 and not opened.flow.null:
+        raise ValueError(f"--guidance: this teacher has no condition to be guided by, got {guidance:g}")
     if opened.data is None:
         raise ValueError("--data: phases are trained on real data, which this teacher does not name; give them")
     train_set, held_out = opened.data
@@ -261,7 +263,8 @@ def _with_real(teacher: Teacher, out: Path, pairing: Pairing, solver: Solver, se
         return made
     if teacher.data is None:
         raise ValueError("--real-share: this teacher does not name its data; give --data")
-    plain = Solver(solver.method, solver.steps, 1.0, solver.rtol)
+    method = "edm" if solver.method == "dpm-solver" else solver.method  # which runs one way only
+    plain = Solver(method, solver.steps, 1.0, solver.rtol)
     folder = out / "inverted"
     rank, world = processes()
     how: dict[str, Any] = {"solver": plain, "teacher": str(teacher.run), "batch": pairing.pair_batch, "progress": True}

@@ -53,7 +53,8 @@ def make_grid(
     if not shift > 0:
         raise ValueError(f"shift: must be positive, got {shift}")
     low, high = interval
-    if kind == "uniform" and isinstance(path, Numbered) and interval == (0.0, 1.0) and steps < path.count:
+    whole = kind == "uniform" and interval == (0.0, 1.0)
+    if whole and isinstance(path, Numbered) and trailing(path.count, steps)[-2] > 0:
         times = [1 - k / (path.count - 1) for k in trailing(path.count, steps)]
     elif callable(kind) or kind in WARPS:
         warp = kind if callable(kind) else WARPS[kind]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from pantarhei.data import pickles
 from pantarhei.files import read_json
 from pantarhei.flow import Flow
 from pantarhei.flow.pretrained import SPEC, build_network, from_pretrained, load_weights
@@ -74,7 +75,7 @@ def load(
 
 
 def _read_file(path: Path, **options: Any) -> Flow:
-    content = edm.load_snapshot(path) if path.suffix == ".pkl" else sit.load_content(path)
+    content = edm.load_snapshot(path) if path.suffix == ".pkl" else pickles.load_weights(path)
     for reader in READERS.values():
         if reader.recognise(content):
             return reader.read(path, content, **options)

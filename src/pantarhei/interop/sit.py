@@ -33,13 +33,6 @@ PREDICTIONS = ("velocity", "noise", "score")
 HEAD_WIDTHS = range(64, 73)  # of all published sizes
 
 
-def load_content(path: str | Path) -> dict[str, Any]:
-    """What a weight file holds (see `load_weights`); besides tensors and plain data, a Namespace may stand in it."""
-    # A Namespace is attributes and no code: nothing that a file could run.
-    with torch.serialization.safe_globals([Namespace]):
-        return load_weights(path)
-
-
 def recognise(content: Mapping[str, Any]) -> bool:
     """Whether a file's content is such a checkpoint, or the bare weights of one."""
     weights = content.get("ema", content.get("model", content))
@@ -77,7 +70,7 @@ def read(
         ValueError: the file is damaged or holds something else; the message says what was expected.
     """
     path = Path(path)
-    content = load_content(path) if content is None else content
+    content = load_weights(path) if content is None else content
     tensors = _weights(content, averaged, str(path))
     own = content.get(OWN)
     own = own if isinstance(own, Mapping) else {}

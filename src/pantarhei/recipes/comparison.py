@@ -372,11 +372,13 @@ def _seconds_an_iteration(task: FlowTask, budget: Budget, seed: int, loop: dict[
         options: dict[str, Any] = {**loop, "batch": budget.batch, "seed": seed}
         options |= {"tensorboard": False, "progress": False}
         began = time.monotonic()
-        train(task, Path(folder) / "warm", iterations=3, **options)
+        if train(task, Path(folder) / "warm", iterations=3, **options).reason == "interrupted":
+            raise KeyboardInterrupt
         trial = max(5, int(3 * TRIAL / (time.monotonic() - began)))
-        began = time.monotonic()
-        train(task, Path(folder) / "timed", iterations=trial, **options)
-        return (time.monotonic() - began) / trial
+        result = train(task, Path(folder) / "timed", iterations=trial, **options)
+        if result.reason == "interrupted":
+            raise KeyboardInterrupt
+        return result.seconds / trial
 
 
 def _check_setting(path: Path, setting: dict[str, Any]) -> None:

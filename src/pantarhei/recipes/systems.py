@@ -16,8 +16,12 @@ class System:
 
 SYSTEMS = (
     System("rectified-flow", "Flow Straight and Fast, 2209.03003", "complete"),
-    System("rectified-flow-plus-plus", "Improving the Training of Rectified Flows, 2405.20320"),
-    System("rectified-diffusion", "Straightness Is Not Your Need in Rectified Flow, 2410.07303"),
+    System("rectified-flow-plus-plus", "Improving the Training of Rectified Flows, 2405.20320", "complete"),
+    System(
+        "rectified-diffusion",
+        "Straightness Is Not Your Need in Rectified Flow, 2410.07303",
+        "complete but for consistency distillation",
+    ),
     System("consistency-trajectory-models", "Consistency Trajectory Models, 2310.02279"),
     System("stochastic-interpolants", "Stochastic Interpolants, 2303.08797", "complete"),
     System("adjoint-dpm", "AdjointDPM, 2307.10711"),

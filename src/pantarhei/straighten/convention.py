@@ -150,7 +150,8 @@ def _explain(flow: Flow, x1: Tensor, condition: Any, seed: int, found: Conventio
         except (ValueError, RuntimeError):  # this suspect cannot be asked at these times
             continue
         if measured.denoises:
-            score = sum(measured.errors)
+            # Against what the linear estimate makes of data of this scale: smaller data have smaller errors by themselves.
+            score = sum(e / bound for e, bound in zip(measured.errors, measured.linear, strict=True))
             best = (score, cause) if best is None or score < best[0] else best
     if best is not None:
         return f"{text}. Most likely {best[1]}"
@@ -208,14 +209,18 @@ def _schedule_named(path: AffinePath) -> str:
 
 
 def _other_paths(path: AffinePath) -> Iterator[AffinePath]:
+    usual = ((0.00085, 0.012), (1e-4, 0.02))
     if isinstance(path, Numbered):
         for schedule in ("linear", "scaled-linear", "cosine"):
             if schedule != path.schedule:
                 yield replace(path, schedule=schedule, betas=None)
-        if (path.beta_min, path.beta_max) != (1e-4, 0.02):
-            yield replace(path, schedule="linear", beta_min=1e-4, beta_max=0.02, betas=None)
+        for low, high in usual:
+            if (path.beta_min, path.beta_max) != (low, high):
+                yield replace(path, schedule="linear", beta_min=low, beta_max=high, betas=None)
     elif isinstance(path, VP):
-        yield Numbered("linear", 1e-4, 0.02)
+        for low, high in usual:
+            yield Numbered("linear", low, high)
+        yield Numbered()
 
 
 class _Changed(nn.Module):

@@ -228,7 +228,8 @@ def _grids(path: Any, start: Tensor, end: Tensor, substeps: int) -> tuple[Sequen
         return times[:-1], times[1:]
     # DDIM's grid of a phase from k_s: k_s, k_s - stride, ...; the last stride ends on the phase's own end.
     first, last = (torch.round(path.number_of(t)) for t in (start, end))
-    length = path.count / torch.round(path.count / (first - last).clamp_min(1))
+    # The last phase of an even division is one number short of the others, whose stride it keeps.
+    length = torch.where(last == 0, first + 1, first - last)
     numbers = [first - torch.round(length * share) for share in shares[:-1]]
     numbers = [torch.maximum(number, last) for number in numbers]
     times = [1 - number / (path.count - 1) for number in numbers]

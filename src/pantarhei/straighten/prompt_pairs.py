@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pantarhei.data.torch_files import read_torch
 from pantarhei.files import write_atomically
 
 Tokenize = Callable[[Sequence[str]], Tensor]
@@ -99,10 +100,7 @@ class PromptPairs:
 
     def _tensor(self, name: str) -> Tensor:
         path = self.folder / name
-        try:
-            tensor = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch reports damage with whatever its readers raise
-            raise ValueError(f"{path}: truncated or no tensor ({type(error).__name__})") from None
+        tensor = read_torch(path)
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{path} holds a {type(tensor).__name__}; one tensor is needed")
         return (tensor[0] if tensor.ndim == 4 and len(tensor) == 1 else tensor).float()

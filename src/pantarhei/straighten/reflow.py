@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pantarhei.flow.numbered import Conditions
 from pantarhei.flow.times import TimeLaw, Uniform
 from pantarhei.straighten.pairs import Solver
 from pantarhei.straighten.stores import PairSource, check_pairs, find_pairs, split_pairs
+from pantarhei.straighten.students import make_student
 from pantarhei.training import FlowTask, Optimization, train
 
 
@@ -46,11 +46,7 @@ def reflow_task(
     """
     check_reflow(flow)
     check_pairs(pairs, flow, any_teacher=any_teacher)
-    kept_notes = {key: value for key, value in flow.provenance.notes.items() if key != "steps"}
-    notes = {**kept_notes, "pairs": len(pairs), "guidance_in_pairs": pairs.header["guidance"]}
-    network = copy.deepcopy(start or flow.network).requires_grad_(True)
-    student = flow.like(network, rectified=flow.provenance.rectified + 1, teacher=teacher, notes=notes)
-    student.codec = None  # pairs live in the flow's space already
+    student = make_student(flow, pairs, start=start, teacher=teacher)
     objective = FlowMatching(times=times or Uniform(), coupling=Pairs())
     kept, held_out = split_pairs(pairs)
     return FlowTask(student, objective, kept, held_out=held_out, optimization=optimization, average=average)

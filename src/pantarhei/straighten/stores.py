@@ -210,9 +210,10 @@ def pair_folder(pairs: PairSource) -> Path:
     Raises:
         ValueError: they are nowhere.
     """
-    if not isinstance(pairs, (ShardStore, StatePairs, ArrayPairs)):
+    folder = getattr(pairs, "folder", None)
+    if folder is None:
         raise ValueError(f"pairs: {pairs.name} are not on disk")
-    return pairs.folder
+    return Path(folder)
 
 
 def split_pairs(pairs: PairSource) -> tuple[Source, Source | None]:

@@ -11,6 +11,8 @@ from pantarhei.files import is_leftover, write_atomically
 
 VERSION = 1
 CONFIG = "config.yaml"
+# What a straightening puts into the folder of its run before that begins.
+MADE_BEFORE = ("pairs", "inverted")
 
 
 class Run:
@@ -36,7 +38,7 @@ class Run:
         if (folder / CONFIG).is_file():
             if any((folder / "checkpoints").glob("[0-9]*")):
                 raise ValueError(f"{folder} already holds a run; go on with --resume, or choose another --out")
-        elif folder.is_dir() and any(p.name != "pairs" and not is_leftover(p) for p in folder.iterdir()):
+        elif folder.is_dir() and any(p.name not in MADE_BEFORE and not is_leftover(p) for p in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and not a run folder; choose another --out")
         run = Run(folder, {"version": VERSION, **config})
         run.write_config()
