@@ -65,6 +65,11 @@ def default_steps(flow: Flow) -> int:
     return int(notes.get("steps", notes.get("sampling_steps", 50)))
 
 
+def fine_method(flow: Flow) -> Literal["heun", "edm"]:
+    """Heun's method, in the noise level where the path is curved: there velocities turn."""
+    return "heun" if flow.path.spec()["name"] in ("linear", "interpolant", "custom") else "edm"
+
+
 def own_guidance(flow: Flow) -> float:
     """Guidance that a flow's notes name for sampling; none for others."""
     return float(flow.provenance.notes.get("guidance", 1.0))

@@ -19,6 +19,7 @@ from pantarhei.cli.opening import (
     counted_calls,
     data_of,
     default_steps,
+    fine_method,
     open_flow,
     own_guidance,
     read_input,
@@ -231,7 +232,7 @@ def invert(
         out: folder to write into.
         count: how many items.
         steps: steps each way; 50, or what a distilled flow was made for.
-        method: of the sampler; heun, or euler for a distilled flow.
+        method: of the sampler; heun (edm where the path is curved), or euler for a distilled flow.
         evaluations: of the network, there and back (such as 4 4), instead of steps: the quick inversion of rectified flow++,
             whose error is compared with that of the teacher, where it is there.
         input: images (a folder, zip or file) or a .safetensors file with x; held-out data of the run by default.
@@ -256,7 +257,7 @@ def invert(
         items = items_of(run, flow, count, input, seed)
         inverter: Inverter = method or "auto"
         return invert_quickly_to(run, flow, out, items, evaluations, inverter, seed)
-    method = method or ("euler" if distilled else "heun")
+    method = method or ("euler" if distilled else fine_method(flow))
     options: dict[str, Any] = {"steps": steps or default_steps(flow), "method": method}
     items = items_of(run, flow, count, input, seed)
     parts = []

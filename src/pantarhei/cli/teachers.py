@@ -12,7 +12,7 @@ import torch
 import tyro
 from torch import nn
 
-from pantarhei.cli.opening import recipe_of
+from pantarhei.cli.opening import fine_method, recipe_of
 from pantarhei.cli.train import Keeping, Machines, check_new, report_end
 from pantarhei.data import Source, split
 from pantarhei.flow import Flow
@@ -84,10 +84,8 @@ class Pairing:
 
 
 def solver_named(method: PairMethod, flow: Flow) -> str:
-    """A method's name; "auto" is Heun's, in the noise level where the path is curved: there velocities turn."""
-    if method != "auto":
-        return method
-    return "heun" if flow.path.spec()["name"] in ("linear", "interpolant", "custom") else "edm"
+    """A method's name; "auto" is a fine one for the flow's path."""
+    return fine_method(flow) if method == "auto" else method
 
 
 @dataclass(frozen=True)
