@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,17 +10,16 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from pantarhei.flow import paths, pretrained
+from pantarhei.flow import density, paths, pretrained
 from pantarhei.flow.conditions import Condition, Null, as_condition
 from pantarhei.flow.estimates import Estimates
 from pantarhei.flow.fields import Fields, build_fields
 from pantarhei.flow.gammas import NoLatent
 from pantarhei.flow.grids import Grid, GridName, make_grid
 from pantarhei.flow.interpolants import INTERPOLANTS, Interpolant, build_interpolant
-from pantarhei.flow.likelihood import Divergence, Likelihood, log_likelihood, push_forward
+from pantarhei.flow.likelihood import Likelihood
 from pantarhei.flow.modes import evaluation_mode
 from pantarhei.flow.noise_amounts import Epsilon
-from pantarhei.flow.path_likelihood import PathLikelihood, path_likelihood
 from pantarhei.flow.paths import AffinePath, build_path
 from pantarhei.flow.predictions import Ends, Prediction, PredictionName, as_rows, build_prediction, check_times
 from pantarhei.flow.provenance import Provenance
@@ -69,7 +67,8 @@ class Flow(nn.Module):
         starts_scaled: start there with sigma(t) x0 instead, as the same flow on another path does (`on_path`).
         provenance: where it comes from.
 
-    Times run from 0 (source) to 1 (data) and are handed to the network as they are.
+    Times run from 0 (source) to 1 (data) and are handed to the network as they are. `first_sigma` is what a unit draw is
+    multiplied with to be the state at the first time.
     """
 
     def __init__(
@@ -105,10 +104,10 @@ class Flow(nn.Module):
         elif not isinstance(self.path, AffinePath) and self.prediction.spec()["name"] != "velocity":
             raise ValueError("predicts: on a path of your own only 'velocity' is defined")
         # Found once, as floats: a compiled sampler must not wait for tensors.
-        self._interval, self._first_sigma, self._last_sigma = (0.0, 1.0), 1.0, 0.0
+        self._interval, self.first_sigma, self._last_sigma = (0.0, 1.0), 1.0, 0.0
         if isinstance(self.path, AffinePath):
             self._interval = self.prediction.interval(self.path)
-            self._first_sigma = float(self.path.sigma(torch.tensor(self._interval[0], dtype=torch.float64)))
+            self.first_sigma = float(self.path.sigma(torch.tensor(self._interval[0], dtype=torch.float64)))
         elif latent:
             self._interval = self.prediction.interval(self.path)
         self._narrowed = interval is not None
@@ -119,7 +118,7 @@ class Flow(nn.Module):
             self._interval = (first, last)
         self._starts_scaled = starts_scaled and interval is not None
         if self._starts_scaled:
-            self._first_sigma = float(self.path.sigma(torch.tensor(self._interval[0], dtype=torch.float64)))
+            self.first_sigma = float(self.path.sigma(torch.tensor(self._interval[0], dtype=torch.float64)))
         if hasattr(self.path, "level"):
             self._last_sigma = float(self.path.level(torch.tensor(self._interval[1], dtype=torch.float64)))
 
@@ -405,7 +404,7 @@ class Flow(nn.Module):
             x0 = self.draw(count, condition, generator)
         elif count is not None and count != x0.shape[0]:
             raise ValueError(f"count: {count} samples asked, but x0 has {x0.shape[0]} rows")
-        x = self._first_sigma * x0
+        x = self.first_sigma * x0
         if epsilon is None and self.stochastic:
             epsilon = "trained"
         if final == "auto":
@@ -453,88 +452,15 @@ class Flow(nn.Module):
         with evaluation_mode(self.network):
             start = self.encode(x) if encode else x
             end = self.transport(start, (high, low), condition=condition, **options).x
-        return end / self._first_sigma
+        return end / self.first_sigma
 
-    def log_prob(
-        self,
-        x: Tensor,
-        *,
-        condition: ConditionLike = None,
-        divergence: Divergence = "exact",
-        probes: int = 8,
-        generator: torch.Generator | None = None,
-        of: Literal["data", "samples"] = "data",
-        details: bool = False,
-        epsilon: Epsilon | None = None,
-        **options: Any,
-    ) -> Any:
-        """log p(x) in nats, (B,), by the change of variables along the flow, or by random paths of its SDE.
+    def log_prob(self, x: Tensor, **options: Any) -> Any:
+        """log p(x) in nats, (B,), of data x (B, *shape): see `flow.density.log_prob` for what it takes and raises."""
+        return density.log_prob(self, x, **options)
 
-        Args:
-            x: data (B, *shape), in the flow's space.
-            condition: as in `sample`.
-            divergence, probes, generator: see `log_likelihood`.
-            of: after reflow the value is the density of the flow's own samples, no longer an estimate of the data's;
-                it must then be asked for with "samples".
-            details: return a `Likelihood` or a `PathLikelihood` (value, standard error, evaluations, ...).
-            epsilon: the density of the SDE with this noise, see `path_likelihood`, which also names the options.
-            options: `method`, `steps`, `rtol`, `atol`.
-
-        Raises:
-            ValueError: where the source has no density, or (with of="data") the flow was rectified.
-        """
-        self.require_density(of)
-        named = as_condition(condition, self.null, x.shape[0])
-        options |= {"divergence": divergence, "probes": probes, "generator": generator}
-        result: Likelihood | PathLikelihood
-        with evaluation_mode(self.network):
-            if epsilon is not None:
-                result = path_likelihood(self, x, epsilon, self._start_log_prob, condition=named, **options)
-            else:
-                result = log_likelihood(
-                    lambda y, t: self.velocity(y, t, named), x, self.interval, self._start_log_prob, **options
-                )
-        return result if details else result.value
-
-    def sample_with_log_prob(
-        self,
-        count: int | None = None,
-        *,
-        x0: Tensor | None = None,
-        condition: ConditionLike = None,
-        generator: torch.Generator | None = None,
-        **options: Any,
-    ) -> Likelihood:
-        """Samples of the ODE together with their log-likelihood, in one solve.
-
-        Args:
-            count, x0, condition, generator: as in `sample`.
-            options: `divergence`, `probes`, `method`, `steps`, `rtol`, `atol`, see `push_forward`.
-
-        Returns:
-            A `Likelihood` whose `value` is log p in nats (B,) and whose `start` are the samples, in the flow's space.
-
-        Raises:
-            ValueError: the source has no density.
-        """
-        self.require_density("samples")
-        x0 = self.draw(count, condition, generator) if x0 is None else x0
-        named = as_condition(condition, self.null, x0.shape[0])
-        x = self._first_sigma * x0
-        with evaluation_mode(self.network):
-            return push_forward(
-                lambda y, t: self.velocity(y, t, named),
-                x,
-                self.interval,
-                self._start_log_prob(x),
-                generator=generator,
-                **options,
-            )
-
-    def _start_log_prob(self, x: Tensor) -> Tensor:
-        """Log density of states at the first time, (B,)."""
-        unit = self._first_sigma
-        return self.source.log_prob(x / unit) - x[0].numel() * math.log(unit)
+    def sample_with_log_prob(self, count: int | None = None, **options: Any) -> Likelihood:
+        """Samples of the ODE together with their log-likelihood, in one solve: see `flow.density.sample_with_log_prob`."""
+        return density.sample_with_log_prob(self, count, **options)
 
     def draw(
         self, count: int | None, condition: ConditionLike = None, generator: torch.Generator | None = None

@@ -93,7 +93,7 @@ def invert_quickly(
         end = flow.transport(
             alpha * x + sigma * noise, (times[0], times[-1]), steps=times, method=method, condition=condition
         )
-    return end.x / flow._first_sigma
+    return end.x / flow.first_sigma
 
 
 @dataclass(frozen=True)

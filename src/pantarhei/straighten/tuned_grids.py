@@ -54,7 +54,7 @@ def tuned_grid(
     times = [times[0], *(b for a, b in pairwise(times) if b - a > 1e-6)]
     times[-1] = high
     with evaluation_mode(flow.network):
-        start = flow._first_sigma * x0
+        start = flow.first_sigma * x0
         states = flow.transport(
             start, times, steps=tuple(times), method="heun", condition=condition, guidance=guidance
         ).xs
