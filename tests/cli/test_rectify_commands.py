@@ -484,7 +484,10 @@ def test_published_students_and_what_convert_refuses(folder, teacher, tmp_path, 
     assert "1 samples, 8 evaluations" in said(capsys)  # four phases, and two rows each under the guidance in its notes
     assert run("info", base) == 0
     assert "numbered, noise" in said(capsys)
-    refused(capsys, "only a file of bare weights", "convert", base, "--base", base, "--out", tmp_path / "a")
+    refused(capsys, "only a model of diffusers has", "convert", teacher, "--base", base, "--out", tmp_path / "a")
+    refused(capsys, "--schedule", "convert", teacher, "--schedule", "linear", "--out", tmp_path / "a")
+    assert run("convert", base, "--schedule", "linear", "--out", tmp_path / "a") == 0
+    assert pr.load(tmp_path / "a").path.schedule == "linear"
     refused(capsys, "only a model of diffusers", "convert", teacher, "--to", "diffusers", "--out", tmp_path / "b")
     refused(capsys, "go with --to diffusers", "convert", teacher, "--complete", "--out", tmp_path / "c")
     refused(capsys, "is a run", "convert", base, "--to", "diffusers", "--out", teacher)

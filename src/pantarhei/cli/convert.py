@@ -25,6 +25,7 @@ def convert(
     rectified: int | None = None,
     distilled: int | None = None,
     base: Path | None = None,
+    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None,
     guidance: float | None = None,
     steps: int | None = None,
     complete: bool = False,
@@ -44,7 +45,9 @@ def convert(
         rectified: how many reflow rounds a checkpoint went through, which its file does not say; 0 for 1-rectified flow and
             for EDM's own. Score, SDE and likelihood of a score_sde checkpoint are refused where this is left out.
         distilled: steps that a checkpoint was distilled to, where it was.
-        base: folder of the pipeline that the bare weights of a diffusers model (`rd.ckpt`, `phased.ckpt`) belong to.
+        base: folder of the pipeline that the bare weights of a diffusers model (`rd.ckpt`, `phased.ckpt`) belong to, or
+            that a folder's model now lives beside.
+        schedule: of beta, where it is not the one that the scheduler of diffusers is set to.
         guidance, steps: to diffusers: what its model card recommends; by default what the flow's notes say.
         complete: to diffusers: copy tokenizers, text encoders and autoencoder of the teacher's pipeline too.
         checkpoint: of a run: newest, best or an iteration.
@@ -60,10 +63,7 @@ def convert(
     overrides: dict[str, Any] = told if source.is_file() else {"checkpoint": read_checkpoint(checkpoint)}
     if not source.is_file() and told:
         raise ValueError("--size, --heads, --rectified, --distilled: only a checkpoint file needs them")
-    if base is not None:
-        if not source.is_file():
-            raise ValueError("--base: only a file of bare weights needs it; a folder says itself where its parts are")
-        overrides["base"] = base
+    overrides |= {k: v for k, v in {"base": base, "schedule": schedule}.items() if v is not None}
     averaged = weights == "average"
     if to in ("pantarhei", "diffusers"):
         if out.exists() and not out.is_dir():
