@@ -20,6 +20,7 @@ def evaluate(
     seed: int = 0,
     method: Method = "auto",
     final: Final = "auto",
+    gamma: float | None = None,
     rtol: float | None = None,
     guidance: float = 1.0,
     noise: Stochastic = Stochastic(),
@@ -38,6 +39,7 @@ def evaluate(
         seed: of noise and labels.
         method: of the sampler; see `pantarhei sample --help`.
         final: the same; with clean the steps of one evaluation each are all the evaluations there are.
+        gamma: share of noise of a trajectory model's jumps, see `pantarhei sample --help`.
         rtol: error control with this tolerance instead of numbers of steps (with bosh3, dopri5 or tsit5; the paper's figures
             have dopri5 at 1e-5).
         guidance: classifier-free guidance scale.
@@ -72,6 +74,7 @@ def evaluate(
         progress=True,
         noise=noise.options(flow, method) if stochastic else None,
         final=final,
+        gamma=gamma,
     )
     bits = None
     if likelihood:

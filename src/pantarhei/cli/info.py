@@ -26,8 +26,8 @@ from pantarhei.flow.pretrained import SPEC
 from pantarhei.flow.times import TIME_LAWS
 from pantarhei.flow.updates import PATH_METHODS
 from pantarhei.images import AUGMENTATIONS
-from pantarhei.interop import diffusers, load
-from pantarhei.interop.loading import READERS
+from pantarhei.interop import consistency, diffusers, load
+from pantarhei.interop.loading import READERS, content_of
 from pantarhei.networks import CONFIGS
 from pantarhei.recipes.cards import fields_in_words, path_in_words
 from pantarhei.recipes.perceptual import MetricName
@@ -54,7 +54,9 @@ def info(path: tyro.conf.Positional[Path]) -> int:
         raise FileNotFoundError(f"there is no {path}")
     if (path / HEADER).is_file() or holds_states(path):
         rows = _store(path)
-    elif path.is_file() or (path / SPEC).is_file() or (not (path / CONFIG).is_file() and diffusers.recognise(path)):
+    elif path.is_file():
+        rows = _file(path)
+    elif (path / SPEC).is_file() or (not (path / CONFIG).is_file() and diffusers.recognise(path)):
         rows = _flow(path)
     else:
         rows = _run(path)
@@ -87,7 +89,7 @@ def list_names() -> int:
         ("methods", ", ".join([*METHODS, *PATH_METHODS])),
         ("stochastic methods", ", ".join(SDE_METHODS)),
         ("forms of epsilon", ", ".join(get_args(NoiseForm))),
-        ("grids", ", ".join([*WARPS, "logsnr", "karras"])),
+        ("grids", ", ".join([*WARPS, "logsnr", "karras", "edm"])),
     ]
     print(Table(("kind", "names"), rows).text())
     print()
@@ -110,10 +112,32 @@ def _run(path: Path) -> list[tuple[str, Any]]:
     return rows + (_flow(path) if newest is not None and "flow" in run.config.get("task", {}) else [])
 
 
+def _file(path: Path) -> list[tuple[str, Any]]:
+    """What a file is, and the flow in it where it holds one."""
+    found = consistency.sniff(content_of(path))
+    if found.kind == "unknown":
+        return _flow(path)
+    rows: list[tuple[str, Any]] = [("kind", f"{found.words}: {found.why}")]
+    if found.missing:
+        whole = found.kind in ("edm", "edm-or-cm")
+        rows.append(("missing for jumps to any time" if whole else "missing", found.missing))
+    if found.kind in ("discriminator", "optimizer", "ours"):
+        return rows
+    if found.kind == "edm-or-cm":
+        named = consistency.kind_in_name(path)
+        if named is None:
+            return [*rows, ("to open it", "say which it is: load(path, kind='cm') or kind='edm'")]
+        rows.append(("read as", f"{consistency.WORDS[named]}, by the name of the file"))
+    return rows + _flow(path)
+
+
 def _flow(path: Path) -> list[tuple[str, Any]]:
     flow = load(path)
     provenance = flow.provenance
+    head = getattr(flow, "head", None)
+    jumps = [] if head is None else [("head", ", ".join(str(value) for value in head.spec().values()))]
     return [
+        *jumps,
         ("network", f"{type(flow.network).__name__}, {sum(p.numel() for p in flow.network.parameters()):,} parameters"),
         ("path, prediction", f"{path_in_words(flow.spec()['path'])}, {fields_in_words(flow.spec()['predicts'])}"),
         ("sample shape", "x".join(map(str, flow.shape or ())) or "not known"),

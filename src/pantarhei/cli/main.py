@@ -28,6 +28,11 @@ VERBS: dict[str, dict[str, tuple[str, str, str]]] = {
             "train_forecasting",
             "train a bridge from the present state to the law of the next one",
         ),
+        "trajectory": (
+            "trajectory",
+            "train_trajectory",
+            "train a model of jumps from data: consistency training, CTM or MeanFlow without a teacher",
+        ),
     },
     "straighten": {
         "reflow": ("straighten", "straighten_reflow", "train a flow on its own pairs so that few steps suffice"),
@@ -39,6 +44,11 @@ VERBS: dict[str, dict[str, tuple[str, str, str]]] = {
             "a diffusion model goes on training in its own form on its own pairs",
         ),
         "phased": ("rectify", "straighten_phased", "first-order within each of a few phases, from real data"),
+        "trajectory": (
+            "trajectory",
+            "straighten_trajectory",
+            "jumps from any time to any later one: CTM, consistency distillation and training, MeanFlow",
+        ),
         "compare": (
             "compare",
             "straighten_compare",

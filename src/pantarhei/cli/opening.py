@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pantarhei.data import Source
 from pantarhei.files import read_tensors
-from pantarhei.flow import Flow
+from pantarhei.flow import Flow, TrajectoryModel
 from pantarhei.flow.sources import Samples
 from pantarhei.images import open_images
 from pantarhei.interop import load
@@ -59,8 +59,10 @@ def data_of(run: Path) -> tuple[Source, Source]:
     return recipe.open()
 
 
-def default_steps(flow: Flow) -> int:
-    """Steps that a distilled flow was made for, the phases of a phased one; 50 for others."""
+def default_steps(flow: Flow, method: str = "auto") -> int:
+    """Steps that a distilled flow was made for, the phases of a phased one, one jump; 50 for others."""
+    if isinstance(flow, TrajectoryModel) and flow.jumps_with(method):
+        return 1
     notes = flow.provenance.notes
     return int(notes.get("steps", notes.get("sampling_steps", 50)))
 

@@ -28,7 +28,7 @@ from pantarhei.cli.opening import (
 )
 from pantarhei.data import Source
 from pantarhei.files import write_tensors
-from pantarhei.flow import Flow, Stretched, noise_amount
+from pantarhei.flow import Flow, Stretched, TrajectoryModel, noise_amount
 from pantarhei.flow.flow import Final
 from pantarhei.flow.noise_amounts import NoiseForm
 from pantarhei.flow.numbered import Conditions, join, numbered_conditions, numbered_samples, path_noise
@@ -38,6 +38,7 @@ from pantarhei.straighten.editing import Inverter
 
 Method = Literal[
     "auto",
+    "jump",
     "euler",
     "ddim",
     "reinterpolate",
@@ -117,6 +118,7 @@ def sample(
     guidance: float | None = None,
     shift: float = 1.0,
     final: Final = "auto",
+    gamma: float | None = None,
     noise: Stochastic = Stochastic(),
     rtol: float | None = None,
     published_grid: bool = False,
@@ -135,8 +137,10 @@ def sample(
         run: a run folder, a saved flow, or somebody else's checkpoint or pipeline.
         out: folder to write into.
         count: number of samples: 64, or one a prompt.
-        steps: sampling steps; 50, what a distilled flow was made for, or the phases of a phased one.
-        method: of the sampler. auto is euler on straight paths and ddim on those of diffusion models; reinterpolate (with
+        steps: sampling steps; 50, what a distilled flow was made for, or the phases of a phased one; of a trajectory model 1
+            jump.
+        method: of the sampler. auto is euler on straight paths and ddim on those of diffusion models, and jump of trajectory
+            models, whose score any other method integrates; reinterpolate (with
             the noise it started from) suits straightened flows in 2 to 5 steps; dpm-solver and edm are made for diffusion
             models. Each step of heun, edm and midpoint costs two evaluations, of rk4 four.
         label: class of all samples; drawn evenly where it is left out.
@@ -146,6 +150,8 @@ def sample(
         shift: resolution shift of the time grid; above 1 spends more steps near the noise.
         final: denoise ends with one more evaluation where noise is left, state does not, clean ends with the last step's
             estimate of the data instead (no noise left, no evaluation added); auto is denoise where it is needed.
+        gamma: of a trajectory model, the share of noise after each jump but the last, 0 to 1: none by default, all of it of
+            consistency models.
         noise: sample a stochastic equation instead.
         rtol: error control with this relative and absolute tolerance instead of a number of steps (with bosh3, dopri5 or
             tsit5); the paper's figures have dopri5 at 1e-5.
@@ -166,7 +172,7 @@ def sample(
         raise ValueError("this flow was distilled to run from data to source; use pantarhei invert")
     sde = noise.wanted or flow.stochastic
     options: dict[str, Any] = {
-        "steps": steps or default_steps(flow),
+        "steps": steps or default_steps(flow, "sde" if sde else method),
         "guidance": own_guidance(flow) if guidance is None else guidance,
         "shift": shift,
     }
@@ -176,6 +182,10 @@ def sample(
         options |= {"steps": None, "rtol": rtol, "atol": rtol}
     options |= noise.options(flow, method) if sde else {"method": method}
     options |= {"final": final}
+    if gamma is not None:
+        if sde or not isinstance(flow, TrajectoryModel):
+            raise ValueError("--gamma: is for the jumps of trajectory models")
+        options["gamma"] = gamma
     if published_grid:
         if sde or method not in ("auto", "euler"):
             raise ValueError("--published-grid: is a grid of Euler steps; leave --method and --sde out")
@@ -190,7 +200,7 @@ def sample(
         else:
             x0, given = read_input(input, flow, count, ("x0", "x"))
             named = None if conditions is None else numbered_conditions(flow, seed, conditions)
-            found = _from_input(flow, x0, given, named, batch, options, seed if sde else None)
+            found = _from_input(flow, x0, given, named, batch, options, seed if flow.draws_noise(**options) else None)
     evaluations = calls[0] / len(found["x1"])
     seconds = time.monotonic() - began
     x = found["x1"]
@@ -258,7 +268,7 @@ def invert(
         inverter: Inverter = method or "auto"
         return invert_quickly_to(run, flow, out, items, evaluations, inverter, seed)
     method = method or ("euler" if distilled else fine_method(flow))
-    options: dict[str, Any] = {"steps": steps or default_steps(flow), "method": method}
+    options: dict[str, Any] = {"steps": steps or default_steps(flow, "ode"), "method": method}
     items = items_of(run, flow, count, input, seed)
     parts = []
     for first in range(0, len(items["x1"]), batch):

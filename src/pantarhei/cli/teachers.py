@@ -15,7 +15,7 @@ from torch import nn
 from pantarhei.cli.opening import fine_method, recipe_of
 from pantarhei.cli.train import Keeping, Machines, check_new, report_end
 from pantarhei.data import Source, split
-from pantarhei.flow import Flow
+from pantarhei.flow import Flow, TrajectoryModel
 from pantarhei.flow.numbered import numbered_conditions, numbered_source
 from pantarhei.interop import load
 from pantarhei.recipes.data import DataConfig
@@ -361,7 +361,8 @@ def say_gaps(
     student.to(x0.device)
     wanted = before.sample(x0=x0, condition=condition, decode=False, **solver.options())
     for name, flow in (("teacher", before), ("student", student)):
-        found = [decode(flow, x0, n, condition, "ddim", solver.guidance if flow is before else 1.0) for n in steps]
+        method = "jump" if isinstance(flow, TrajectoryModel) else "ddim"
+        found = [decode(flow, x0, n, condition, method, solver.guidance if flow is before else 1.0) for n in steps]
         errors = ", ".join(
             f"{float((x - wanted).square().mean()):.4g} ({n})" for n, x in zip(steps, found, strict=True)
         )

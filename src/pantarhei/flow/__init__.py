@@ -1,7 +1,8 @@
 """What a flow is: paths, predictions, times, couplings, conditions, guidance, objectives, likelihood; `Flow`."""
 
-from pantarhei.flow import couplings, interpolants, objectives, paths, predictions, sources, times
+from pantarhei.flow import couplings, heads, interpolants, objectives, paths, predictions, sources, times
 from pantarhei.flow.change_of_path import on_path
+from pantarhei.flow.churn import Churn, churned_sample
 from pantarhei.flow.closed_form import GaussianMixture, MixtureField
 from pantarhei.flow.conditions import Condition
 from pantarhei.flow.control import kl_control, loss_gap
@@ -15,6 +16,7 @@ from pantarhei.flow.gaussian_bridge import GaussianBridge
 from pantarhei.flow.grids import make_grid
 from pantarhei.flow.interpolants import Interpolant
 from pantarhei.flow.interpolation import Interpolation
+from pantarhei.flow.jumps import Move, gamma_moves, two_jumps
 from pantarhei.flow.likelihood import Likelihood, log_likelihood
 from pantarhei.flow.metrics import LPIPS, GradientPyramid, Perceptual, PseudoHuber, squared
 from pantarhei.flow.modes import evaluation_mode
@@ -25,10 +27,12 @@ from pantarhei.flow.observations import Inpainting, Observation, Present, SuperR
 from pantarhei.flow.path_likelihood import PathLikelihood, path_likelihood
 from pantarhei.flow.provenance import Provenance
 from pantarhei.flow.stochastic import StiffNoise, transport_sde
+from pantarhei.flow.trajectory import TrajectoryModel
 from pantarhei.flow.transforms import FieldTransform, Guidance, Stretched
 
 __all__ = [
     "LPIPS",
+    "Churn",
     "Condition",
     "EmpiricalField",
     "EntropicField",
@@ -47,6 +51,7 @@ __all__ = [
     "Interpolation",
     "Likelihood",
     "MixtureField",
+    "Move",
     "NeighbourField",
     "Objective",
     "Observation",
@@ -60,10 +65,14 @@ __all__ = [
     "Stretched",
     "SuperResolution",
     "Term",
+    "TrajectoryModel",
+    "churned_sample",
     "couplings",
     "denoising_steps",
     "evaluation_mode",
     "fading",
+    "gamma_moves",
+    "heads",
     "interpolants",
     "kl_control",
     "log_likelihood",
@@ -80,4 +89,5 @@ __all__ = [
     "squared",
     "times",
     "transport_sde",
+    "two_jumps",
 ]

@@ -160,11 +160,17 @@ class Flow(nn.Module):
 
     @staticmethod
     def from_spec(spec: Mapping[str, Any], network: nn.Module, **overrides: Any) -> Flow:
-        """The flow of a `spec()` around a network; `overrides` give what a spec cannot hold (source, path, codec)."""
+        """The flow of a `spec()` around a network; `overrides` give what a spec cannot hold (source, path, codec).
+
+        A spec with a head is that of a `TrajectoryModel`.
+        """
+        from pantarhei.flow.trajectory import TrajectoryModel  # a flow, too
+
         null = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in spec.get("null", {}).items()}
         settings: dict[str, Any] = {k: v for k, v in spec.items() if k not in ("null", "provenance")}
         settings.update(null=null, provenance=Provenance(**spec.get("provenance", {})))
-        return Flow(network, **{**settings, **overrides})
+        kind = TrajectoryModel if "head" in spec else Flow
+        return kind(network, **{**settings, **overrides})
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write this flow into a folder (`flow.json`, `model.safetensors`)."""
@@ -186,21 +192,29 @@ class Flow(nn.Module):
         **provenance: Any,
     ) -> Flow:
         """The same flow around another network, with changes to its interval, path, prediction or provenance."""
-        changed = replace(self.provenance, **provenance)
         moved = path is not None and path != self.path
-        return Flow(
-            network,
-            path=self.path if path is None else path,
-            predicts=self.prediction if predicts is None else predicts,
-            source=self.source,
-            shape=self.shape,
-            null=self.null,
-            conditions=self.conditions,
-            codec=self.codec,
-            interval=interval or (self._interval if self._narrowed and not moved else None),
-            starts_scaled=self._starts_scaled if starts_scaled is None else starts_scaled,
-            provenance=changed,
-        )
+        changes: dict[str, Any] = {"provenance": replace(self.provenance, **provenance)}
+        if moved:
+            changes |= {"path": path, "interval": None}
+        changes |= {"predicts": predicts} if predicts is not None else {}
+        changes |= {"interval": interval} if interval else {}
+        changes |= {"starts_scaled": starts_scaled} if starts_scaled is not None else {}
+        return type(self)(network, **{**self.settings(), **changes})
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make such a flow around another network."""
+        return {
+            "path": self.path,
+            "predicts": self.prediction,
+            "source": self.source,
+            "shape": self.shape,
+            "null": self.null,
+            "conditions": self.conditions,
+            "codec": self.codec,
+            "interval": self._interval if self._narrowed else None,
+            "starts_scaled": self._starts_scaled,
+            "provenance": self.provenance,
+        }
 
     def condition_in(self, batch: Mapping[str, Tensor]) -> Condition | None:
         """The conditions this flow takes, from a batch.
@@ -461,6 +475,10 @@ class Flow(nn.Module):
     def sample_with_log_prob(self, count: int | None = None, **options: Any) -> Likelihood:
         """Samples of the ODE together with their log-likelihood, in one solve: see `flow.density.sample_with_log_prob`."""
         return density.sample_with_log_prob(self, count, **options)
+
+    def draws_noise(self, **options: Any) -> bool:
+        """Whether `sample` with these options draws noise on the way, beyond x0."""
+        return options.get("epsilon") is not None or self.stochastic
 
     def draw(
         self, count: int | None, condition: ConditionLike = None, generator: torch.Generator | None = None

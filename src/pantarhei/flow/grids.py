@@ -12,8 +12,9 @@ import torch
 from pantarhei.flow.paths import AffinePath, Numbered
 from pantarhei.flow.times import shift_time
 
-GridName = Literal["uniform", "quadratic", "cosine", "logsnr", "karras"]
+GridName = Literal["uniform", "quadratic", "cosine", "logsnr", "karras", "edm"]
 Grid = tuple[float, ...]
+EDM_LEVELS = (0.002, 80.0)  # its least and its largest sigma / alpha (Karras et al. 2206.00364)
 # Plain functions of floats, so that a compiled sampler sees constants.
 WARPS: dict[str, Callable[[float], float]] = {
     "uniform": lambda u: u,
@@ -38,8 +39,9 @@ def make_grid(
         interval: first and last time, inside [0, 1].
         kind: "uniform" (on a numbered path its whole numbers, "trailing": K - 1, K - 1 - K / steps, ..., and 0 at the
             end); "quadratic" (denser at the source: u^2); "cosine" (denser at both ends); "logsnr" (equal steps
-            of log(alpha/sigma)) and "karras" (equal steps of (sigma/alpha)^(1/rho)), which need a path; or any rising
-            function of u in [0, 1] onto [0, 1].
+            of log(alpha/sigma)), "karras" (equal steps of (sigma/alpha)^(1/rho)) and "edm" (the same between EDM's noise
+            levels 80 and 0.002, whatever lies beyond them at the ends), which need a path; or any rising function of u in
+            [0, 1] onto [0, 1].
         shift: SD3's resolution shift, t -> t / (shift - (shift - 1) t), applied once, to i/steps; > 1 spends more steps
             near the noise.
         path: the path, for the kinds that need one; where it has a kink, the nearest node is put there.
@@ -59,10 +61,10 @@ def make_grid(
     elif callable(kind) or kind in WARPS:
         warp = kind if callable(kind) else WARPS[kind]
         times = [low + (high - low) * float(warp(i / steps)) for i in range(steps + 1)]
-    elif kind in ("logsnr", "karras"):
+    elif kind in ("logsnr", "karras", "edm"):
         times = _by_noise_level(steps, interval, kind, path, rho)
     else:
-        raise ValueError(f"grid: must be {', '.join(WARPS)}, logsnr, karras or a function, got {kind!r}")
+        raise ValueError(f"grid: must be {', '.join(WARPS)}, logsnr, karras, edm or a function, got {kind!r}")
     if shift != 1.0:
         times = [min(max(shift_time(t, shift), low), high) for t in times]
     kink = getattr(path, "kink", None)
@@ -86,9 +88,13 @@ def _by_noise_level(
     if path is None:
         raise ValueError(f"grid: kind={kind!r} needs a path")
     u = torch.arange(steps + 1, dtype=torch.float64) / steps
-    # Keep away from the ends at which the noise level is infinite or zero.
-    ends = torch.tensor([max(interval[0], 1e-3), min(interval[1], 1 - 1e-3)], dtype=torch.float64)
-    first, last = path.sigma(ends) / path.alpha(ends)
+    if kind == "edm":
+        ends = torch.tensor(interval, dtype=torch.float64)
+        first, last = (path.sigma(ends) / path.alpha(ends).clamp_min(1e-30)).clamp(*EDM_LEVELS)
+    else:
+        # Keep away from the ends at which the noise level is infinite or zero.
+        ends = torch.tensor([max(interval[0], 1e-3), min(interval[1], 1 - 1e-3)], dtype=torch.float64)
+        first, last = path.sigma(ends) / path.alpha(ends)
     if kind == "logsnr":
         level = torch.exp(torch.log(first) + u * (torch.log(last) - torch.log(first)))
     else:

@@ -129,7 +129,7 @@ def numbered_samples(
         options: of `Flow.sample`.
     """
     named = numbered_conditions(flow, seed, conditions)
-    stochastic = options.get("epsilon") is not None or flow.stochastic
+    stochastic = flow.draws_noise(**options)
     for first in range(0, len(numbers), batch):
         part = numbers[first : first + batch]
         condition = named(part)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -19,7 +21,7 @@ from pantarhei.flow.paths import Custom, Linear
 from pantarhei.flow.predictions import Ends, Velocity
 from pantarhei.naming import unknown
 from pantarhei.solve.methods import METHODS, as_step
-from pantarhei.solve.state import CountedField
+from pantarhei.solve.state import CountedField, per_row
 from pantarhei.solve.steps import Step, StepResult, hermite
 
 _VELOCITY = Velocity()
@@ -99,20 +101,63 @@ class EDMHeun(_PathStep):
             return StepResult(new, None, None, (slope,))
         other = field(new, t + dt)
         there = self._ends(new, t + dt, other)
-        if self._clean(t, noise=True) or self._clean(t + dt, noise=True):
-            mean = (here.data - here.noise + there.data - there.noise) / 2
-            time, end = a / (a + s), alpha / (alpha + sigma)
-            new = (alpha + sigma) * (x / (a + s) + (end - time) * mean)
-        else:
-            mean = (here.noise + there.noise) / 2
-            new = alpha * (x / a + (sigma / alpha - s / a) * mean)
-        return StepResult(new, None, None, (slope, other))
+        noisy = self._clean(t, noise=True) or self._clean(t + dt, noise=True)
+        rule = _average_differences if noisy else _average_noises
+        return StepResult(rule(x, here, there, (a, s), (alpha, sigma)), None, None, (slope, other))
 
     def _clean(self, t: Any, noise: bool = False) -> bool:
         """Whether there is next to no noise (or no data) at a time."""
         at = torch.tensor(float(t), dtype=torch.float64)
         alpha, sigma = float(self.path.alpha(at)), float(self.path.sigma(at))
         return alpha < 1e-3 * sigma if noise else sigma < 1e-4 * alpha
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _average_noises(x: Tensor, here: Ends, there: Ends, at: Pair, to: Pair) -> Tensor:
+    """Heun's step for x / alpha against sigma / alpha; `at` and `to` are alpha and sigma before and after."""
+    (a, s), (alpha, sigma) = at, to
+    return alpha * (x / a + (sigma / alpha - s / a) * (here.noise + there.noise) / 2)
+
+
+def _average_differences(x: Tensor, here: Ends, there: Ends, at: Pair, to: Pair) -> Tensor:
+    """Heun's step on the linear path, which also knows alpha = 0."""
+    (a, s), (alpha, sigma) = at, to
+    mean = (here.data - here.noise + there.data - there.noise) / 2
+    return (alpha + sigma) * (x / (a + s) + (alpha / (alpha + sigma) - a / (a + s)) * mean)
+
+
+def carry_rows(
+    ends: Callable[[Tensor, Tensor], Ends],
+    path: AffinePath,
+    x: Tensor,
+    times: Sequence[Tensor],
+    *,
+    corrected: bool = True,
+) -> Tensor:
+    """Carry every row along times of its own, by the steps of `EDMHeun` or (not corrected) of `DDIM`.
+
+    Args:
+        ends: data and noise estimates at (x, t), t (B,).
+        path: an affine path.
+        x: states (B, ...) at `times[0]`.
+        times: two or more times (B,), going either way; a row whose time stays the same stays as it is.
+        corrected: two evaluations a step, else one.
+    """
+    for t, following in pairwise(times):
+        here, at, to = ends(x, t), path.at(t, x), path.at(following, x)
+        new = to.alpha * here.data + to.sigma * here.noise
+        if corrected:
+            there = ends(new, following)
+            pairs = (at.alpha, at.sigma), (to.alpha, to.sigma)
+            noisy = (at.alpha < 1e-3 * at.sigma) | (to.alpha < 1e-3 * to.sigma)
+            better = torch.where(
+                noisy, _average_differences(x, here, there, *pairs), _average_noises(x, here, there, *pairs)
+            )
+            new = torch.where(to.sigma < 1e-4 * to.alpha, new, better)  # clean data: nothing to average with
+        x = torch.where(per_row(t == following, x), x, new)
+    return x
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,15 @@ def write(
 
     Raises:
         TypeError: the network is no model of diffusers.
-        ValueError: diffusers has no scheduler for this path and prediction, or with `complete` the rest is not there.
+        ValueError: diffusers has no scheduler for this path and prediction, the network takes a second time, or with
+            `complete` the rest is not there.
     """
     folder = Path(folder)
     network: Any = flow.network
     if not isinstance(network, DiffusersNetwork):
         raise TypeError(f"flow: only a model of diffusers can be written so, got {type(network).__name__}")
+    if network.config.second_time:
+        raise ValueError("flow: models of diffusers have no place for a second time; save_pretrained keeps it")
     notes = flow.provenance.notes
     scheduler = scheduler_of(flow.path, flow.prediction, shift=float(notes.get("shift", 1.0)))
     if (scheduler["_class_name"] == FLOW_SCHEDULER) != (network.config.clock == "flow"):

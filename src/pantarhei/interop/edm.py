@@ -64,7 +64,7 @@ def recognise(content: Mapping[str, Any]) -> bool:
         return True
     weights = content.get("model_state_dict", content)
     return isinstance(weights, Mapping) and any(
-        re.fullmatch(r"enc\.\d+x\d+_conv\.weight", name) for name in _bare(weights)
+        re.fullmatch(r"enc\.\d+x\d+_conv\.weight", name) for name in bare(weights)
     )
 
 
@@ -112,8 +112,8 @@ def read(
     unfit = sorted(set(overrides) - set(UNTOLD))
     if unfit:
         raise ValueError(f"{unfit[0]}: the weights of an EDM network tell this; only {', '.join(UNTOLD)} can be given")
-    own = _own_entry(path, content)
-    tensors, about = _weights(content, averaged, str(path))
+    own = own_entry(path, content)
+    tensors, about = weights_of(content, averaged, str(path))
     known = {name: about.pop(name) for name in UNTOLD if name in about} | own.get("network", {})
     settings = {name: known[name] for name in UNTOLD if name in known} | overrides
     network = _network(tensors, str(path), settings)
@@ -155,6 +155,7 @@ def write(
     path, network = Path(path), flow.network
     if not isinstance(network, (SongUNet, ADM)):
         raise TypeError(f"flow: only a SongUNet or an ADM has a place in the EDM layout, got {type(network).__name__}")
+    check_place(network.config)
     if flow.prediction.spec()["name"] != "edm" or flow.path.spec()["name"] not in ("edm", "linear"):
         raise ValueError("flow: the layout means the prediction 'edm', on EDM's or the linear path")
     if layout not in ("weights", "train"):
@@ -194,6 +195,21 @@ def write(
     return write_atomically(path, buffer.getvalue())
 
 
+def check_place(config: SongUNetConfig | ADMConfig) -> None:
+    """Refuse a network that this layout cannot hold, because it says nothing of what is special about it.
+
+    Raises:
+        ValueError: naming what that is.
+    """
+    if config.second_time:
+        raise ValueError("flow: EDM's layout has no place for a second time; interop.consistency.write has one")
+    for name, usual in (("groups", 0), ("head", 64), ("time_scale", 1.0), ("adaptive", True)):
+        if getattr(config, name, usual) != usual:
+            raise ValueError(
+                f"flow: its network has {name}={getattr(config, name)}, EDM's {usual}; interop.consistency.write has a place"
+            )
+
+
 def _flow(
     network: SongUNet | ADM,
     rectified: int,
@@ -226,6 +242,24 @@ def _network(tensors: dict[str, Tensor], where: str, settings: Mapping[str, Any]
         config = infer_config(tensors, where, **settings)
     except (TypeError, OverflowError) as error:  # settings of a file that are no numbers
         raise ValueError(f"{where}: {error}") from None
+    if config.second_time:
+        raise ValueError(
+            f"{where}: map_layer0_s is that of a consistency trajectory model; interop.consistency reads it"
+        )
+    return fill(config, tensors, where)
+
+
+def fill(config: SongUNetConfig | ADMConfig, tensors: dict[str, Tensor], where: str) -> SongUNet | ADM:
+    """A network with the weights of a file.
+
+    Args:
+        config: which network.
+        tensors: by our names.
+        where: the file, for messages.
+
+    Raises:
+        ValueError: a tensor does not fit, or holds something else than finite numbers.
+    """
     bad = [name for name, value in tensors.items() if not (value.is_floating_point() and bool(value.isfinite().all()))]
     if bad:
         wrong = "NaN or infinity" if tensors[bad[0]].is_floating_point() else f"{tensors[bad[0]].dtype}"
@@ -243,7 +277,7 @@ def _network(tensors: dict[str, Tensor], where: str, settings: Mapping[str, Any]
     return network.eval()
 
 
-def _own_entry(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+def own_entry(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """What `write` left of the flow; empty where it did not write this file."""
     found: Any = content.get(OWN)
     if path.suffix == ".safetensors" and path.is_file():
@@ -259,7 +293,7 @@ def _own_entry(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     return {name: dict(known[name]) for name in ("network", "flow") if isinstance(known.get(name), Mapping)}
 
 
-def _weights(content: Mapping[str, Any], averaged: bool, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def weights_of(content: Mapping[str, Any], averaged: bool, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict that is asked for, a new dict without prefixes, and what the file says besides."""
     if isinstance(content.get("ema"), ModuleRecord):
         if not averaged:
@@ -273,7 +307,7 @@ def _weights(content: Mapping[str, Any], averaged: bool, where: str) -> tuple[di
             about["iterations"] = content["iter"]
     if not isinstance(weights, Mapping) or not recognise(weights):
         raise ValueError(f"{where}: expected weights named enc.<side>x<side>_conv.weight, got other names")
-    tensors = {name: value for name, value in _bare(weights).items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in bare(weights).items() if isinstance(value, Tensor)}
     if about["weights"] == "average":
         tensors |= _average(content.get("optimizer_state_dict"), tensors, where)
     return tensors, about
@@ -324,6 +358,6 @@ def _trainable(names: Mapping[str, Any]) -> list[str]:
     return [name for name in names if not name.endswith(_BUFFERS)]
 
 
-def _bare(weights: Mapping[str, Any]) -> dict[str, Any]:
+def bare(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Names without what DataParallel, torch.compile and the wrapper put before them."""
     return {re.sub(r"^(?:module\.|_orig_mod\.|model\.)+", "", str(name)): value for name, value in weights.items()}

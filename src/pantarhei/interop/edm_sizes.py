@@ -12,7 +12,11 @@ from torch import Tensor
 from pantarhei.networks import ADMConfig, SongUNetConfig
 from pantarhei.networks.songunet import DDPMPP, FACES
 
-PUBLISHED = (SongUNetConfig(), SongUNetConfig(classes=10), FACES, DDPMPP, replace(DDPMPP, classes=10), ADMConfig())
+PUBLISHED: tuple[SongUNetConfig | ADMConfig, ...] = (
+    *(SongUNetConfig(), SongUNetConfig(classes=10), FACES, DDPMPP, replace(DDPMPP, classes=10), ADMConfig()),
+    # Consistency trajectory models of CIFAR-10 have no place for augmentation.
+    *(replace(DDPMPP, classes=classes, augment_dim=0, second_time=True) for classes in (0, 10)),
+)
 UNTOLD = ("dropout", "label_dropout", "fourier_scale")  # settings that leave no trace in the weights
 _NAME = re.compile(r"(enc|dec)\.(\d+)x(\d+)_([a-z_]+)(\d*)\.(.+)")
 
@@ -65,6 +69,7 @@ def infer_config(tensors: Mapping[str, Tensor], where: str, **settings: Any) -> 
         "embedding_multiplier": embedded // width,
         "classes": _width(tensors, "map_label.weight", where),
         "augment_dim": _width(tensors, "map_augment.weight", where),
+        "second_time": "map_layer0_s.weight" in tensors,
     }
     if not adm:
         found_settings |= {

@@ -11,12 +11,18 @@ from pantarhei.data import pickles
 from pantarhei.files import read_json
 from pantarhei.flow import Flow
 from pantarhei.flow.pretrained import SPEC, build_network, from_pretrained, load_weights
-from pantarhei.interop import diffusers, edm, score_sde, sit
+from pantarhei.interop import consistency, diffusers, edm, score_sde, sit
 from pantarhei.training import checkpoints
 from pantarhei.training.runs import CONFIG, Run
 
 # Whose files are known: name, `recognise(content)`, `read(path, content, averaged=, **overrides)`.
-READERS: dict[str, Any] = {"score_sde (rectified flow)": score_sde, "SiT": sit, "EDM": edm, "diffusers": diffusers}
+READERS: dict[str, Any] = {
+    "score_sde (rectified flow)": score_sde,
+    "SiT": sit,
+    "CTM and consistency models": consistency,  # before EDM, whose names some of them have
+    "EDM": edm,
+    "diffusers": diffusers,
+}
 
 
 def load(
@@ -32,15 +38,17 @@ def load(
 
     Args:
         where: a run folder, a folder written by `Flow.save_pretrained`, or a checkpoint file of the rectified flow
-            authors (`.pth`), of SiT (`.pt`), or of EDM and rectified flow++ (`.pkl`, `.pth`); weights may also be
-            safetensors. Also a folder of diffusers, or the weights of one of its models (see `interop.diffusers.read`).
+            authors (`.pth`), of SiT (`.pt`), of EDM and rectified flow++ (`.pkl`, `.pth`), or of consistency (trajectory)
+            models (`.pt`); weights may also be safetensors. Also a folder of diffusers, or the weights of one of its
+            models (see `interop.diffusers.read`).
         network: needed where the network is not one of ours; the weights are loaded into it.
         checkpoint: of a run: the newest, the best by validation, or an iteration.
         averaged: take the moving average where there is one.
         base: of a model of diffusers, the folder of the pipeline that it belongs to. Bare weights need it; a run or a saved
             flow does where its pipeline is no longer where it was.
         overrides: what a saved flow cannot hold (source, path, codec); of a file, what it does not say (`rectified`,
-            `size`, `heads`: see `read` of `interop.score_sde`, `interop.sit` and `interop.edm`).
+            `size`, `heads`, `kind`: see `read` of `interop.score_sde`, `interop.sit`, `interop.edm` and
+            `interop.consistency`).
 
     Raises:
         FileNotFoundError: there is nothing to load, or no such checkpoint.
@@ -74,8 +82,20 @@ def load(
     return diffusers.attach(flow, base, codec="codec" not in overrides)
 
 
+def content_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint file holds, by name; nothing in it is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or no file of weights.
+    """
+    return edm.load_snapshot(path) if path.suffix == ".pkl" else pickles.load_weights(path)
+
+
 def _read_file(path: Path, **options: Any) -> Flow:
-    content = edm.load_snapshot(path) if path.suffix == ".pkl" else pickles.load_weights(path)
+    content = content_of(path)
+    if "kind" in options:  # told by the user, since EDM's names may be those of a consistency model
+        return consistency.read(path, content, **options)
     for reader in READERS.values():
         if reader.recognise(content):
             return reader.read(path, content, **options)

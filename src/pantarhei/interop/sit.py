@@ -180,6 +180,8 @@ def write(
         raise TypeError(f"flow: only a SiT has a place in the SiT layout, got {type(network).__name__}")
     if flow.path.spec()["name"] != "linear" or flow.prediction.spec()["name"] != "velocity":
         raise ValueError("flow: the layout means the velocity of the linear path")
+    if network.config.second_time:
+        raise ValueError("flow: the SiT layout has no place for a second time; save_pretrained keeps it")
     if layout not in ("weights", "train"):
         raise ValueError(unknown("layout", layout, ("weights", "train")))
     averaged = _with_table(network.state_dict())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pantarhei.naming import unknown
+from pantarhei.networks.embeddings import TimeEmbedding, check_second_time
 from pantarhei.networks.text_encoders import TextEncoders, TextKind
 
 MODELS = ("UNet2DModel", "UNet2DConditionModel", "SD3Transformer2DModel")
@@ -49,6 +50,7 @@ class DiffusersConfig:
         null_label: of a model with classes: the label that means "none". By default the number of classes, for which no
             embedding is added; a model that keeps a row for it has that row's number.
         adapter: rank, alpha and targets of low-rank adapters (see `diffusers_adapters`).
+        second_time: there is a branch for a second time, whose output is added to the model's own embedding of the time.
     """
 
     model: str
@@ -62,6 +64,7 @@ class DiffusersConfig:
     time_ids: Sequence[float] | None = None
     null_label: int | None = None
     adapter: dict[str, Any] | None = None
+    second_time: bool = False
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -73,7 +76,9 @@ class DiffusersConfig:
 
 
 class DiffusersNetwork(nn.Module):
-    """`forward(x, t, **conditions)` of a diffusers model, in our conventions.
+    """`forward(x, t, s=None, **conditions)` of a diffusers model, in our conventions.
+
+    s, a second time like t, needs the branch for it (`config.second_time`), which is left out without s.
 
     A model in half precision may be asked in float32: states and output keep their type, so that a sampler's small steps
     do not get lost in rounding.
@@ -96,8 +101,10 @@ class DiffusersNetwork(nn.Module):
         if model is None:
             model = getattr(import_diffusers(), config.model).from_config(config.settings)
         self.config = config
+        _check(model, config)
+        # Ahead of the model, whose last layer is that of the network.
+        self.time_s = TimeEmbedding(_time_width(model)) if config.second_time else None
         self.model: Any = model
-        _check(self.model, config)
         self._text = self._text_encoders()
         table = getattr(self.model, "class_embedding", None)
         if isinstance(table, nn.Embedding) and not isinstance(table, _ClassTable):
@@ -107,10 +114,29 @@ class DiffusersNetwork(nn.Module):
 
             inject(self.model, **config.adapter)
 
-    def forward(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
-        """The model's output at states x (B, C, H, W) and our times t, 0-d or (B,); minus it of a flow-matching model."""
-        output = self._call(x, self.clock(t), conditions)
+    def forward(self, x: Tensor, t: Tensor, s: Tensor | None = None, **conditions: Tensor) -> Tensor:
+        """The model's output at states x (B, C, H, W) and our times t and s, 0-d or (B,); minus it of a flow-matching model.
+
+        Raises:
+            ValueError: s is given to a network without a branch for it, or a condition is missing.
+        """
+        check_second_time(self.time_s, s)
+        if s is None:
+            output = self._call(x, self.clock(t), conditions)
+        else:
+            # For this call only: the model may be shared with a network that has no second time.
+            hook = _time_module(self.model).register_forward_hook(self._adding(s.expand(x.shape[0])))
+            try:
+                output = self._call(x, self.clock(t), conditions)
+            finally:
+                hook.remove()
         return -output if self.config.clock == "flow" else output
+
+    def _adding(self, s: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        """What adds the embedding of s to that of the model's own time."""
+        assert self.time_s is not None
+        second = self.time_s(s)
+        return lambda module, inputs, embedding: embedding + second.to(embedding.dtype)
 
     def clock(self, t: Tensor) -> Tensor:
         """The model's own time: k of a numbered schedule (whole where t is one of its times), 1000 (1 - t) of a flow."""
@@ -122,18 +148,18 @@ class DiffusersNetwork(nn.Module):
         return torch.where((number - whole).abs() < 1e-3, whole, number)
 
     def requires_grad_(self, requires_grad: bool = True) -> DiffusersNetwork:
-        """As of any module, but under adapters the weights below them stay frozen."""
+        """As of any module, but under adapters the weights below them stay frozen (the branch for a second time learns)."""
         if self.config.adapter is None:
             super().requires_grad_(requires_grad)
         else:
             for name, parameter in self.named_parameters():
-                parameter.requires_grad_(requires_grad and "lora_" in name)
+                parameter.requires_grad_(requires_grad and ("lora_" in name or name.startswith("time_s.")))
         return self
 
     def rescheduled(self, scheduler: Mapping[str, Any]) -> DiffusersNetwork:
         """The same model, shared, with the settings of another scheduler."""
         other = DiffusersNetwork(replace(self.config, scheduler=dict(scheduler)), self.model)
-        other._text = self._text
+        other._text, other.time_s = self._text, self.time_s
         return other.train(self.training)
 
     def follow(self, path: Mapping[str, Any]) -> DiffusersNetwork:
@@ -328,6 +354,17 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as JSON has them, without the entries that diffusers adds about itself."""
     kept = {key: value for key, value in settings.items() if not key.startswith("_") or key == "_class_name"}
     return json.loads(json.dumps(kept))
+
+
+def _time_module(model: Any) -> nn.Module:
+    """The part of a model that embeds its time."""
+    return model.time_text_embed if hasattr(model, "time_text_embed") else model.time_embedding
+
+
+def _time_width(model: Any) -> int:
+    """Features of the embedded time."""
+    embedder: Any = _time_module(model)
+    return int(getattr(embedder, "timestep_embedder", embedder).linear_2.out_features)
 
 
 class _ClassTable(nn.Embedding):

@@ -46,6 +46,8 @@ class BlockStyle:
         filter: of halving and doubling.
         dropout: before the second convolution.
         initial, final, attention: initial values of most layers, of the last of each branch, and of queries, keys, values.
+        groups: of the group norms; 0 for at most 32 groups of at least 4 channels.
+        second_time: the embedding of a second time is added to what that of the first one does, through a layer of its own.
     """
 
     embedding: int
@@ -59,6 +61,8 @@ class BlockStyle:
     initial: Initial
     final: Initial
     attention: Initial
+    groups: int = 0
+    second_time: bool = False
 
 
 class Linear(nn.Linear):
@@ -157,10 +161,12 @@ class Block(nn.Module):
         super().__init__()
         self.scale, self.adaptive = style.scale, style.adaptive
         self.heads = style.heads(outputs) if attention else 0
-        self.norm0 = group_norm(inputs, style.eps)
+        self.norm0 = group_norm(inputs, style.eps, style.groups)
         self.conv0 = Conv(inputs, outputs, 3, style.initial, resample, style.filter)
-        self.affine = Linear(style.embedding, outputs * (2 if style.adaptive else 1), style.initial)
-        self.norm1 = group_norm(outputs, style.eps)
+        modulations = outputs * (2 if style.adaptive else 1)
+        self.affine = Linear(style.embedding, modulations, style.initial)
+        self.affine_s = Linear(style.embedding, modulations, style.initial) if style.second_time else None
+        self.norm1 = group_norm(outputs, style.eps, style.groups)
         self.dropout = Dropout(style.dropout) if style.dropout else nn.Identity()
         self.conv1 = Conv(outputs, outputs, 3, style.final)
         self.skip: Any = None
@@ -169,14 +175,18 @@ class Block(nn.Module):
         elif resample:
             self.skip = Resampling(resample, style.filter)
         if self.heads:
-            self.norm2 = group_norm(outputs, style.eps)
+            self.norm2 = group_norm(outputs, style.eps, style.groups)
             self.qkv = Conv(outputs, 3 * outputs, 1, style.attention)
             self.proj = Conv(outputs, outputs, 1, style.final)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """(B, inputs, H, W), (B, features) to (B, outputs, H', W')."""
+    def forward(self, x: Tensor, embedding: Tensor, second: Tensor | None = None) -> Tensor:
+        """(B, inputs, H, W), (B, features), for the second time the same or None, to (B, outputs, H', W')."""
         h = self.conv0(F.silu(self.norm0(x)))
-        modulation = self.affine(embedding)[:, :, None, None]
+        modulation = self.affine(embedding)
+        if second is not None:
+            assert self.affine_s is not None
+            modulation = modulation + self.affine_s(second)
+        modulation = modulation[:, :, None, None]
         if self.adaptive:
             scale, shift = modulation.chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm1(h), 1 + scale)
@@ -330,15 +340,18 @@ def augmented(network: nn.Module, features: Tensor, augment: Tensor | None) -> T
     return features + map_augment(augment.to(features.dtype))
 
 
-def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """At most 32 groups, of at least 4 channels.
+def group_norm(channels: int, eps: float, groups: int = 0) -> nn.GroupNorm:
+    """So many groups; by default at most 32, of at least 4 channels.
 
     Raises:
         ValueError: the channels do not split so.
     """
-    groups = max(1, min(32, channels // 4))
+    multiple = groups or 32
+    groups = groups or max(1, min(32, channels // 4))
     if channels % groups:
-        raise ValueError(f"width: {channels} feature channels do not split into {groups} groups; take a multiple of 32")
+        raise ValueError(
+            f"width: {channels} feature channels do not split into {groups} groups; take a multiple of {multiple}"
+        )
     return nn.GroupNorm(groups, channels, eps=eps)
 
 

@@ -26,6 +26,16 @@ def sinusoids(t: Tensor, width: int, *, scale: float = 1000.0, longest: float = 
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def check_second_time(branch: nn.Module | None, s: Tensor | None) -> None:
+    """Refuse a second time that the network has no branch for.
+
+    Raises:
+        ValueError: naming s.
+    """
+    if s is not None and branch is None:
+        raise ValueError("s: this network was built without a second time; with_second_time(network) makes one with it")
+
+
 class TimeEmbedding(nn.Module):
     """Sinusoids of t through a two-layer perceptron."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pantarhei.networks.embeddings import sinusoids
+from pantarhei.networks.embeddings import check_second_time, sinusoids
 from pantarhei.networks.resampling import Resample, check_taps
 
 HALF = math.sqrt(0.5)
@@ -44,6 +44,7 @@ class NCSNppConfig:
         rescale: multiply sums of a branch and its skip by sqrt(1/2).
         dropout: in the residual blocks.
         classes: number of classes, 0 for none; index `classes` is the null class.
+        second_time: there is a branch for a second time.
     """
 
     size: int = 32
@@ -63,6 +64,7 @@ class NCSNppConfig:
     rescale: bool = True
     dropout: float = 0.0
     classes: int = 0
+    second_time: bool = False
 
     def __post_init__(self) -> None:
         for name in ("multipliers", "attention", "filter"):
@@ -270,7 +272,8 @@ class Up(nn.Module):
 
 
 class NCSNpp(nn.Module):
-    """`forward(x, t, label=None)`: x (B, C, H, W) to the same shape, t (B,) in [0, 1].
+    """`forward(x, t, label=None, s=None)`: x (B, C, H, W) to the same shape, t (B,) in [0, 1]; s, a second time like t,
+    where the network has a branch for it, which is left out without s.
 
     H and W must be divisible by 2^(resolutions - 1); attention sits at fixed depths, wherever `size` put it.
     """
@@ -281,10 +284,14 @@ class NCSNpp(nn.Module):
         self.features = TimeFeatures(config)
         self.time0 = nn.Linear(self.features.width, 4 * config.width)
         self.time1 = nn.Linear(4 * config.width, 4 * config.width)
+        second = config.second_time
+        self.time0_s = nn.Linear(self.features.width, 4 * config.width) if second else None
+        self.time1_s = nn.Linear(4 * config.width, 4 * config.width) if second else None
         self.classes = nn.Embedding(config.classes + 1, self.features.width) if config.classes else None
         self.stem = nn.Conv2d(config.channels, config.width, 3, padding=1)
-        for layer in (self.time0, self.time1, self.stem):
-            _initialise(layer, 1.0)
+        for layer in (self.time0, self.time1, self.time0_s, self.time1_s, self.stem):
+            if layer is not None:
+                _initialise(layer, 1.0)
         levels = range(len(config.levels))
         self.down = nn.ModuleList(Down(config, level) for level in levels)
         lowest = config.levels[-1][0]
@@ -300,10 +307,15 @@ class NCSNpp(nn.Module):
             skips += [config.levels[level - 1][0]] * (level > 0) + [features] * config.blocks
         return skips
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """The network's output at (x, t) under its condition."""
-        scaled = self.config.time_scale * t.clamp_min(self.config.time_floor)
-        embedding = self._embed(scaled, label)
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, s: Tensor | None = None) -> Tensor:
+        """The network's output at (x, t) or (x, t, s) under its condition.
+
+        Raises:
+            ValueError: for a label or a second time that the network was built without.
+        """
+        check_second_time(self.time0_s, s)
+        scaled = self._scaled(t)
+        embedding = self._embed(scaled, label, s)
         image, h = x, self.stem(x)
         skips = [h]
         for down in self.down:
@@ -316,7 +328,10 @@ class NCSNpp(nn.Module):
         assert out is not None
         return out / scaled[:, None, None, None].to(out.dtype) if self.config.divide else out
 
-    def _embed(self, scaled: Tensor, label: Tensor | None) -> Tensor:
+    def _scaled(self, t: Tensor) -> Tensor:
+        return self.config.time_scale * t.clamp_min(self.config.time_floor)
+
+    def _embed(self, scaled: Tensor, label: Tensor | None, s: Tensor | None) -> Tensor:
         features = self.features(scaled).to(self.time0.weight.dtype)
         if self.classes is not None:
             if label is None:
@@ -324,7 +339,13 @@ class NCSNpp(nn.Module):
             features = features + self.classes(label)
         elif label is not None:
             raise ValueError("label: this network was built without classes")
-        return F.silu(self.time1(F.silu(self.time0(features))))
+        embedding = self.time1(F.silu(self.time0(features)))
+        if s is not None:
+            assert self.time0_s is not None
+            assert self.time1_s is not None
+            second = self.features(self._scaled(s)).to(self.time0.weight.dtype)
+            embedding = embedding + self.time1_s(F.silu(self.time0_s(second)))
+        return F.silu(embedding)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -62,8 +62,10 @@ def to_reference(state: Mapping[str, Tensor], config: NCSNppConfig) -> dict[str,
     """Our weights under the names of the list, in the order in which the reference counts its parameters.
 
     Raises:
-        ValueError: the network has classes, for which the reference has no place.
+        ValueError: the network has classes or a second time, for which the reference has no place.
     """
+    if config.second_time:
+        raise ValueError("network: the score_sde layout has no place for the second time of this network")
     if config.classes:
         raise ValueError("network: the score_sde layout has no place for the class embedding of this network")
     out: dict[str, Tensor] = {}

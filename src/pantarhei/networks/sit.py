@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from pantarhei.naming import unknown
+from pantarhei.networks.embeddings import check_second_time
 
 # Depth, width, heads of the published sizes.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -43,6 +44,7 @@ class SiTConfig:
         mlp: hidden features of a block's perceptron, as a multiple of `width`.
         classes: number of classes, 0 for none; index `classes` is the null class.
         learn_sigma: the last layer has twice the channels, and the second half is not used. The published weights are so.
+        second_time: there is a branch for a second time.
     """
 
     size: int = 32
@@ -54,6 +56,7 @@ class SiTConfig:
     mlp: float = 4.0
     classes: int = 0
     learn_sigma: bool = True
+    second_time: bool = False
 
     def __post_init__(self) -> None:
         if min(self.size, self.patch, self.channels, self.width, self.depth, self.heads) < 1 or self.classes < 0:
@@ -195,8 +198,9 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """`forward(x, t, label=None)`: x (B, channels, size, size) to the same shape, t (B,) in [0, 1], label (B,) in
-    [0, classes], where `classes` (and None) is the null class.
+    """`forward(x, t, label=None, s=None)`: x (B, channels, size, size) to the same shape, t (B,) in [0, 1], label (B,) in
+    [0, classes], where `classes` (and None) is the null class; s, a second time like t, where the network has a branch for
+    it, which is left out without s.
 
     The output starts at zero, and every block as the identity.
     """
@@ -209,22 +213,28 @@ class SiT(nn.Module):
         self.register_buffer("pos_embed", _positions(config.side, config.width))
         self.x_embedder = PatchEmbedder(config)
         self.t_embedder = TimeEmbedder(config.width)
+        self.s_embedder = TimeEmbedder(config.width) if config.second_time else None
         self.y_embedder = LabelEmbedder(config.classes, config.width) if config.classes else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self._initialise()
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """The network's output at (x, t) under its condition.
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, s: Tensor | None = None) -> Tensor:
+        """The network's output at (x, t) or (x, t, s) under its condition.
 
         Raises:
-            ValueError: for images of another size, or a label where the network has no classes.
+            ValueError: for images of another size, a label where the network has no classes, or an s where it has no branch
+                for it.
         """
+        check_second_time(self.s_embedder, s)
         config = self.config
         if x.shape[1:] != (config.channels, config.size, config.size):
             expected = (config.channels, config.size, config.size)
             raise ValueError(f"x: this network is for items of shape {expected}, got {tuple(x.shape[1:])}")
         condition = self.t_embedder(t)
+        if s is not None:
+            assert self.s_embedder is not None
+            condition = condition + self.s_embedder(s)
         if self.y_embedder is not None:
             condition = condition + self.y_embedder(label)
         elif label is not None:
@@ -245,8 +255,9 @@ class SiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: a patch is one row of inputs
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
+        for embedder in (self.t_embedder, self.s_embedder):
+            for layer in () if embedder is None else (embedder.mlp[0], embedder.mlp[2]):
+                nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for name, parameter in self.named_parameters():

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from pantarhei.naming import unknown
 from pantarhei.networks import edm_blocks as edm
+from pantarhei.networks.embeddings import check_second_time
 
 HALF = math.sqrt(0.5)
 _INITIAL = edm.Initial("xavier")
@@ -44,6 +45,7 @@ class SongUNetConfig:
         classes: number of classes, 0 for none; index `classes` is the null class.
         label_dropout: how often a label is replaced by the null class while training.
         augment_dim: numbers that say what augmentation did to an image, 0 for none.
+        second_time: there is a branch for a second time (Kim et al. 2310.02279).
     """
 
     size: int = 32
@@ -62,6 +64,7 @@ class SongUNetConfig:
     classes: int = 0
     label_dropout: float = 0.0
     augment_dim: int = 9
+    second_time: bool = False
 
     def __post_init__(self) -> None:
         edm.check(self)
@@ -73,8 +76,8 @@ class SongUNetConfig:
 
 
 class SongUNet(nn.Module):
-    """`forward(x, t, label=None, augment=None)`: x (B, C, H, W) to the same shape; t (B,) is the noise label,
-    ln(sigma) / 4 in EDM's preconditioning.
+    """`forward(x, t, label=None, augment=None, s=None)`: x (B, C, H, W) to the same shape; t (B,) is the noise label,
+    ln(sigma) / 4 in EDM's preconditioning, and s the same of a second time; without s its branch is left out.
 
     `label` is an index (B,) in [0, classes] (`classes`, and None, for the null class) or rows (B, classes) as they are;
     `augment` rows (B, augment_dim), zeros where left out. H and W must be divisible by 2^(resolutions - 1). The weights
@@ -95,6 +98,9 @@ class SongUNet(nn.Module):
         self.map_augment = edm.Linear(augment, features, _INITIAL, bias=False) if augment else None
         self.map_layer0 = edm.Linear(features, embedding, _INITIAL)
         self.map_layer1 = edm.Linear(embedding, embedding, _INITIAL)
+        second = config.second_time
+        self.map_layer0_s = edm.Linear(features, embedding, _INITIAL) if second else None
+        self.map_layer1_s = edm.Linear(embedding, embedding, _INITIAL) if second else None
         style = edm.BlockStyle(
             embedding=embedding,
             eps=1e-6,
@@ -107,6 +113,7 @@ class SongUNet(nn.Module):
             initial=_INITIAL,
             final=_FINAL,
             attention=edm.Initial("xavier", math.sqrt(0.2)),
+            second_time=config.second_time,
         )
         skips: list[int] = []
         self.enc = nn.ModuleDict(dict(self._encoder(style, skips)))
@@ -150,13 +157,21 @@ class SongUNet(nn.Module):
         yield f"{config.size}x{config.size}_aux_norm", edm.group_norm(channels, 1e-6)
         yield f"{config.size}x{config.size}_aux_conv", edm.Conv(channels, config.channels, 3, _FINAL)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
-        """The network's output at x under the noise label t and its conditions.
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        label: Tensor | None = None,
+        augment: Tensor | None = None,
+        s: Tensor | None = None,
+    ) -> Tensor:
+        """The network's output at x under the noise label t (and s) and its conditions.
 
         Raises:
-            ValueError: for a condition that the network was built without, or of another width.
+            ValueError: for a condition or a second time that the network was built without, or one of another width.
         """
-        embedding = self.embed(t, label, augment)
+        check_second_time(self.map_layer0_s, s)
+        embedding, second = self.embed(t, label, augment, s)
         h = image = x.to(embedding.dtype)
         skips: list[Tensor] = []
         for name, module in self.enc.items():
@@ -164,7 +179,7 @@ class SongUNet(nn.Module):
             if name.endswith("_aux_residual"):
                 h = image = skips[-1] = layer(image).add_(h).mul_(HALF)
             else:
-                h = layer(h) if name.endswith("_conv") else layer(h, embedding)
+                h = layer(h) if name.endswith("_conv") else layer(h, embedding, second)
                 skips.append(h)
         for name, module in self.dec.items():
             layer = module
@@ -173,20 +188,34 @@ class SongUNet(nn.Module):
             elif name.endswith("_aux_conv"):
                 h = layer(h)
             else:
-                h = layer(torch.cat([h, skips.pop()], dim=1) if "_block" in name else h, embedding)
+                h = layer(torch.cat([h, skips.pop()], dim=1) if "_block" in name else h, embedding, second)
         return h.to(x.dtype)
 
-    def embed(self, t: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
-        """The noise label and the conditions as one vector a sample, (B, embedding_multiplier * width)."""
-        cosines, sines = self.map_noise(t).chunk(2, dim=1)
-        features = torch.cat([sines, cosines], dim=1).to(self.map_layer0.weight.dtype)
+    def embed(
+        self, t: Tensor, label: Tensor | None, augment: Tensor | None, s: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each time with the conditions as one vector a sample, (B, embedding_multiplier * width); None without s."""
+        features = self._features(t)
         rows = edm.label_rows(self, label, features)
+        named: Tensor | None = None
         if self.map_label is not None:
             # No label is a row of zeros, of which the bias is left.
             named = self.map_label.bias if rows is None else self.map_label(rows * math.sqrt(self.config.classes))
             features = features + named
         features = edm.augmented(self, features, augment)
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(features))))
+        embedding = F.silu(self.map_layer1(F.silu(self.map_layer0(features))))
+        if s is None:
+            return embedding, None
+        assert self.map_layer0_s is not None
+        assert self.map_layer1_s is not None
+        other = self._features(s)
+        other = edm.augmented(self, other if named is None else other + named, augment)
+        return embedding, F.silu(self.map_layer1_s(F.silu(self.map_layer0_s(other))))
+
+    def _features(self, t: Tensor) -> Tensor:
+        """Sines, then cosines, of a noise label."""
+        cosines, sines = self.map_noise(t).chunk(2, dim=1)
+        return torch.cat([sines, cosines], dim=1).to(self.map_layer0.weight.dtype)
 
 
 def _one_head(channels: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pantarhei.networks.embeddings import TimeEmbedding
+from pantarhei.networks.embeddings import TimeEmbedding, check_second_time
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class UNetConfig:
         dropout: in the residual blocks.
         context: channels of an image of the same size that the network is given beside x, 0 for none (null: zeros).
         fields: how many fields like x are predicted, stacked along dimension 1.
+        second_time: there is a branch for a second time.
     """
 
     channels: int = 3
@@ -44,6 +45,7 @@ class UNetConfig:
     dropout: float = 0.0
     context: int = 0
     fields: int = 1
+    second_time: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
@@ -111,7 +113,8 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """`forward(x, t, label=None, vector=None, context=None)`: x (B, C, H, W) to (B, fields * C, H, W), t (B,) in [0, 1].
+    """`forward(x, t, label=None, vector=None, context=None, s=None)`: x (B, C, H, W) to (B, fields * C, H, W), t (B,) in
+    [0, 1]; s, a second time like t, where the network has a branch for it, which is left out without s.
 
     H and W must be divisible by 2^(resolutions - 1). The output layer starts at zero.
     """
@@ -122,6 +125,7 @@ class UNet(nn.Module):
         widths = [config.width * m for m in config.multipliers]
         embedding = 4 * config.width
         self.time = TimeEmbedding(embedding)
+        self.time_s = TimeEmbedding(embedding) if config.second_time else None
         self.classes = nn.Embedding(config.classes + 1, embedding) if config.classes else None
         self.vector = nn.Linear(config.vector, embedding) if config.vector else None
         self.stem = nn.Conv2d(config.channels + config.context, widths[0], 3, padding=1)
@@ -154,9 +158,15 @@ class UNet(nn.Module):
         label: Tensor | None = None,
         vector: Tensor | None = None,
         context: Tensor | None = None,
+        s: Tensor | None = None,
     ) -> Tensor:
-        """The network's output at (x, t) under its conditions."""
-        embedding = self._embed(t, label, vector)
+        """The network's output at (x, t) or (x, t, s) under its conditions.
+
+        Raises:
+            ValueError: for a condition or a second time that the network was built without.
+        """
+        check_second_time(self.time_s, s)
+        embedding = self._embed(t, label, vector, s)
         h, skips = self.stem(self._beside(x, context)), []
         for i, blocks in enumerate(self.encoder):
             for block in blocks:  # type: ignore[attr-defined]
@@ -183,8 +193,11 @@ class UNet(nn.Module):
             context = x.new_zeros(x.shape[0], self.config.context, *x.shape[2:])
         return torch.cat([x, context], dim=1)
 
-    def _embed(self, t: Tensor, label: Tensor | None, vector: Tensor | None) -> Tensor:
+    def _embed(self, t: Tensor, label: Tensor | None, vector: Tensor | None, s: Tensor | None) -> Tensor:
         embedding = self.time(t)
+        if s is not None:
+            assert self.time_s is not None
+            embedding = embedding + self.time_s(s)
         if self.classes is not None:
             if label is None:
                 label = torch.full((t.shape[0],), self.config.classes, device=t.device)

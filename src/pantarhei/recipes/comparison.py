@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ from pantarhei.straighten import (
     plus_plus_task,
     rectified_diffusion_task,
     reflow_task,
+    trajectory_task,
     tuned_grid,
 )
 from pantarhei.straighten.first_order import clean_end
 from pantarhei.straighten.pairs import pair_stream
 from pantarhei.straighten.rectified_flow_plus_plus import linear_student, name_of
+from pantarhei.straighten.trajectories import Kind
 from pantarhei.training import FlowTask, Optimization, train
 
 PAIR_SHARE = 0.4  # of the budget, at most, that goes into pairs
@@ -113,9 +115,22 @@ def trained_arms(data: tuple[Source, Source], perceptual: Premetric | None) -> t
     def phased(flow: Flow, pairs: PairSource | None, budget: Budget) -> FlowTask:
         return phased_task(flow, data[0], held_out=data[1], guidance=budget.solver.guidance, **optimization(budget))
 
+    def trajectory(kind: Kind) -> Callable[[Flow, PairSource | None, Budget], FlowTask]:
+        def made(flow: Flow, pairs: PairSource | None, budget: Budget) -> FlowTask:
+            usual = optimization(budget)
+            usual["optimization"] = replace(usual["optimization"], optimizer="radam")
+            guidance = budget.solver.guidance
+            return trajectory_task(flow, data[0], held_out=data[1], kind=kind, guidance=guidance, **usual)
+
+        return made
+
     def distil(flow: Flow, pairs: PairSource | None, budget: Budget) -> FlowTask:
         assert pairs is not None
         return distillation_task(flow, pairs, **optimization(budget))
+
+    def on_real_data(flow: Flow) -> str | None:
+        reason = flow.provenance.why_not_marginal()
+        return None if reason is None else f"starts from noisy data, and {reason}"
 
     def only_linear(flow: Flow) -> str | None:
         plain = flow.path.spec()["name"] == "linear" and flow.prediction.spec()["name"] == "velocity"
@@ -127,6 +142,9 @@ def trained_arms(data: tuple[Source, Source], perceptual: Premetric | None) -> t
         Arm("rectified flow++", plus_plus(None), samplers=both),
         Arm("rectified diffusion", rectified_diffusion),
         Arm("phased (4)", phased, pairs=False, least=4),
+        Arm("consistency distillation", trajectory("cd"), pairs=False, samplers=("jump",), applies=on_real_data),
+        Arm("consistency trajectory", trajectory("ctm"), pairs=False, samplers=("jump",), applies=on_real_data),
+        Arm("mean velocity", trajectory("meanflow"), pairs=False, samplers=("jump",), applies=on_real_data),
         Arm("distilled to 1 step", distil, applies=only_linear, most=1),
     ]
     if perceptual is not None:

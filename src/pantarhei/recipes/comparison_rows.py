@@ -14,7 +14,7 @@ from pantarhei.data import Source
 from pantarhei.data.seeds import generator as seeded
 from pantarhei.files import read_json, write_json
 from pantarhei.flow import Flow
-from pantarhei.flow.numbered import Conditions, numbered_conditions, numbered_source
+from pantarhei.flow.numbered import Conditions, numbered_conditions, numbered_source, path_noise
 from pantarhei.metrics import Interval
 from pantarhei.recipes.evaluation import Reference, features_of
 from pantarhei.report import Table, save_image_grid
@@ -133,6 +133,8 @@ class Judge:
             numbers = range(first, min(first + self.batch, self.count))
             condition = self.named(numbers)
             x0 = numbered_source(self.teacher, self.seed, numbers, condition).to(flow.device)
+            if flow.draws_noise(**options):
+                options = {**options, "noise": path_noise(self.seed, numbers)}
             parts.append(flow.sample(x0=x0, condition=condition or None, decode=False, **options).float().cpu())
         return torch.cat(parts)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pantarhei import metrics
 from pantarhei.data import Source
 from pantarhei.data.seeds import generator as seeded
-from pantarhei.flow import Flow
+from pantarhei.flow import Flow, TrajectoryModel
 from pantarhei.flow.flow import Final
 from pantarhei.flow.numbered import join, numbered_samples
 from pantarhei.flow.updates import path_step
@@ -189,6 +189,7 @@ def evaluate_flow(
     progress: bool = False,
     noise: dict[str, Any] | None = None,
     final: Final = "auto",
+    gamma: float | None = None,
 ) -> Evaluation:
     """Sample with each number of steps from the same noise, and score.
 
@@ -204,6 +205,7 @@ def evaluate_flow(
         batch: rows at a time.
         progress: show a progress line.
         noise: options of `Flow.sample` for a stochastic equation (`epsilon`, its `method`, ...), instead of `method`.
+        gamma: share of noise of the jumps of a trajectory model.
 
     Raises:
         ValueError: for count < 10 or steps < 1.
@@ -212,14 +214,19 @@ def evaluate_flow(
         raise ValueError(f"count: at least 10 samples are needed, got {count}")
     if not steps or min(steps) < 1:
         raise ValueError(f"steps: every number of steps must be at least 1, got {list(steps)}")
-    method = path_step(method, flow.path, 1.0).name
-    if rtol is not None and not as_step(method).adaptive:
+    jumps = isinstance(flow, TrajectoryModel) and flow.jumps_with(method)
+    if gamma is not None and not jumps:
+        raise ValueError("gamma: is of the jumps of a trajectory model")
+    method = "jump" if jumps else path_step(method, flow.path, 1.0).name
+    if rtol is not None and (jumps or not as_step(method).adaptive):
         raise ValueError(f"rtol: {method} has no error control; take bosh3, dopri5 or tsit5")
     rows, memory = [], None
     numbers: list[int | None] = list(steps) if rtol is None else [None]
     with Progress(len(numbers) * count, "evaluating", "samples", shown=progress) as shown:
         for i, number in enumerate(numbers):
             tolerance = {} if rtol is None else {"rtol": rtol, "atol": rtol}
+            if gamma is not None:
+                tolerance = {"gamma": gamma}
             calls = [0]
             handle = flow.network.register_forward_hook(
                 lambda _, seen, __, calls=calls: calls.__setitem__(0, calls[0] + len(seen[0]))

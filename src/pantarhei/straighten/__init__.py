@@ -1,5 +1,6 @@
 """Fewer steps: pairs, reflow, distillation; Schroedinger bridges; straightness, and what rectifying does to a coupling."""
 
+from pantarhei.straighten.adversarial import Adversarial
 from pantarhei.straighten.analysis import Balance, MarginalCheck, balance, check_marginals
 from pantarhei.straighten.convention import ConventionCheck, WrongConvention, check_convention
 from pantarhei.straighten.distillation import check_teacher, distil, distillation_task
@@ -13,6 +14,8 @@ from pantarhei.straighten.editing import (
     translate,
 )
 from pantarhei.straighten.first_order import FirstOrder, first_order, segment_ends
+from pantarhei.straighten.jump_times import JumpTimes, jump_times
+from pantarhei.straighten.mean_flow import MeanFlow
 from pantarhei.straighten.pairs import PairReport, Solver, inspect_pairs, make_pairs
 from pantarhei.straighten.phased import PhasedObjective, Phases, phased_task
 from pantarhei.straighten.real_pairs import MixedPairs, invert_data
@@ -35,10 +38,14 @@ from pantarhei.straighten.stores import (
 )
 from pantarhei.straighten.straightness import COSTS, Straightness, straightness, transport_costs
 from pantarhei.straighten.students import LowRank
+from pantarhei.straighten.trajectories import distil_trajectory, trajectory_student, trajectory_task
+from pantarhei.straighten.trajectory_matching import TrajectoryMatching
+from pantarhei.straighten.trajectory_task import TrajectoryTask
 from pantarhei.straighten.tuned_grids import tuned_grid
 
 __all__ = [
     "COSTS",
+    "Adversarial",
     "ArrayPairs",
     "Balance",
     "BentLine",
@@ -46,9 +53,11 @@ __all__ = [
     "ConventionCheck",
     "Entropic",
     "FirstOrder",
+    "JumpTimes",
     "LowRank",
     "MarginalCheck",
     "MaxMin",
+    "MeanFlow",
     "MixedPairs",
     "OnlinePairs",
     "PairReport",
@@ -61,6 +70,8 @@ __all__ = [
     "StateAnchor",
     "StatePairs",
     "Straightness",
+    "TrajectoryMatching",
+    "TrajectoryTask",
     "WrongConvention",
     "balance",
     "bridge_flow",
@@ -71,6 +82,7 @@ __all__ = [
     "check_teacher",
     "decode",
     "distil",
+    "distil_trajectory",
     "distillation_task",
     "find_pairs",
     "first_order",
@@ -79,6 +91,7 @@ __all__ = [
     "interpolate",
     "invert_data",
     "invert_quickly",
+    "jump_times",
     "make_pairs",
     "markovian_fitting",
     "maxmin_bridge",
@@ -93,6 +106,8 @@ __all__ = [
     "segment_ends",
     "slerp",
     "straightness",
+    "trajectory_student",
+    "trajectory_task",
     "translate",
     "transport_costs",
     "tuned_grid",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pantarhei.flow import Flow, evaluation_mode, on_path
+from pantarhei.flow import Flow, TrajectoryModel, evaluation_mode, on_path
 from pantarhei.flow.affine import AffinePath
 from pantarhei.flow.conditions import as_condition
 from pantarhei.flow.predictions import Ends
@@ -125,6 +125,8 @@ def _few(flow: Flow, x0: Tensor, steps: int, condition: Any) -> Tensor:
 
 def clean_end(flow: Flow) -> Any:
     """The `final` of `Flow.sample` with which N steps are N evaluations and leave no noise."""
+    if isinstance(flow, TrajectoryModel):
+        return "state"
     left = float(flow.path.sigma(torch.tensor(flow.interval[1], dtype=torch.float64)))
     return "clean" if left > 1e-6 else "state"
 

@@ -22,6 +22,7 @@ from pantarhei.flow.metrics import Premetric
 from pantarhei.flow.modes import evaluation_mode
 from pantarhei.flow.objectives import draw_pairs, drop_conditions
 from pantarhei.flow.paths import Numbered
+from pantarhei.flow.updates import carry_rows
 from pantarhei.straighten.first_order import segment_ends
 from pantarhei.straighten.reflow import check_reflow
 from pantarhei.straighten.students import LowRank, make_student
@@ -115,12 +116,9 @@ class PhasedObjective:
         path = self.teacher.path
         x_start = path.sample(x0, x1, None, start)[0]
         guided = Estimates(self.teacher, self.guidance, ())
-        x = x_start
+        times = _grid(path, start, end, self.substeps)
         with torch.no_grad(), evaluation_mode(self.teacher.network):
-            for t, following in zip(*_grids(path, start, end, self.substeps), strict=True):
-                ends = guided.ends(x, t, condition)
-                at = path.at(following, x)
-                x = at.alpha * ends.data + at.sigma * ends.noise
+            x = carry_rows(lambda x, t: guided.ends(x, t, condition), path, x_start, times, corrected=False)
         return Segment(start, end, x_start, x, *segment_ends(path, x_start, start, x, end))
 
     def at(self, segment: Segment, t: Tensor) -> Tensor:
@@ -220,20 +218,18 @@ def phased_task(
     return PhasedTask(student, objective, data, held_out=held_out, optimization=optimization, average=average)
 
 
-def _grids(path: Any, start: Tensor, end: Tensor, substeps: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The teacher's times and the following ones, row by row: even, and whole numbers of a numbered schedule."""
+def _grid(path: Any, start: Tensor, end: Tensor, substeps: int) -> Sequence[Tensor]:
+    """The teacher's times, row by row: even, and whole numbers of a numbered schedule."""
     shares = [i / substeps for i in range(substeps + 1)]
     if not isinstance(path, Numbered):
-        times = [start + (end - start) * share for share in shares]
-        return times[:-1], times[1:]
+        return [start + (end - start) * share for share in shares]
     # DDIM's grid of a phase from k_s: k_s, k_s - stride, ...; the last stride ends on the phase's own end.
     first, last = (torch.round(path.number_of(t)) for t in (start, end))
     # The last phase of an even division is one number short of the others, whose stride it keeps.
     length = torch.where(last == 0, first + 1, first - last)
     numbers = [first - torch.round(length * share) for share in shares[:-1]]
     numbers = [torch.maximum(number, last) for number in numbers]
-    times = [1 - number / (path.count - 1) for number in numbers]
-    return times, [*times[1:], end]
+    return [*(1 - number / (path.count - 1) for number in numbers), end]
 
 
 def _time_type(x: Tensor) -> torch.dtype:

@@ -78,14 +78,19 @@ def make_student(
     if isinstance(network, DiffusersNetwork) and isinstance(path, Numbered):
         network.follow(path.spec())  # a student may be on another schedule than its teacher
     if low_rank is not None:
-        targets = low_rank.targets
-        with torch.random.fork_rng():
-            torch.manual_seed(mix(low_rank.seed, 63))
-            if isinstance(network, DiffusersNetwork):
-                adapt(network, low_rank.rank, low_rank.alpha, targets or TARGETS)
-            else:
-                add_lora(network, low_rank.rank, low_rank.alpha, targets)
+        train_low_rank(network, low_rank)
         kept["low_rank"] = low_rank.rank
     student = flow.like(network, rectified=flow.provenance.rectified + 1, teacher=teacher, notes=kept)
     student.codec = None  # pairs live in the flow's space already
     return student
+
+
+def train_low_rank(network: nn.Module, low_rank: LowRank) -> None:
+    """Freeze a network and add what is trained instead, in place; models of diffusers get it through peft."""
+    targets = low_rank.targets
+    with torch.random.fork_rng():
+        torch.manual_seed(mix(low_rank.seed, 63))
+        if isinstance(network, DiffusersNetwork):
+            adapt(network, low_rank.rank, low_rank.alpha, targets or TARGETS)
+        else:
+            add_lora(network, low_rank.rank, low_rank.alpha, targets)

@@ -82,6 +82,11 @@ class FlowTask(Task):
 
     def preview(self, folder: Path, iteration: int) -> None:
         """A grid of 64 samples from fixed noise (images), or a scatter of 2,000 (points)."""
+        path: Any = self.flow.path
+        straight = path.spec()["name"] in ("linear", "interpolant") if hasattr(path, "spec") else True
+        self._draw_preview(folder, iteration, steps=8, method="heun" if straight else "edm")
+
+    def _draw_preview(self, folder: Path, iteration: int, **sampling: Any) -> None:
         flow = self.result()
         if flow.shape is None or not getattr(flow.source, "gaussian", False):
             return
@@ -94,8 +99,7 @@ class FlowTask(Task):
         if flow.conditions:
             batch = self.data.fetch(torch.arange(count) % len(self.data))
             condition = {name: batch[name] for name in flow.conditions}
-        straight = flow.path.spec()["name"] in ("linear", "interpolant") if hasattr(flow.path, "spec") else True
-        x = flow.sample(x0=x0, condition=condition, steps=8, method="heun" if straight else "edm").float().cpu()
+        x = flow.sample(x0=x0, condition=condition, **sampling).float().cpu()
         if image:
             from pantarhei.report import save_image_grid
 

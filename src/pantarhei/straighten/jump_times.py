@@ -1,0 +1,211 @@
+"""Which jumps a trajectory model is trained on: times t < u <= s on a grid, drawn row by row."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pantarhei.flow import Flow
+from pantarhei.flow.affine import AffinePath
+from pantarhei.flow.grids import EDM_LEVELS, Grid, GridName, make_grid
+from pantarhei.flow.times import TimeLaw
+from pantarhei.naming import unknown
+
+Span = Literal["soft", "local", "global"]
+
+
+class JumpDraw(NamedTuple):
+    """Drawn jumps.
+
+    Attributes:
+        nodes: (k + 1, B), the times of the teacher's steps: from t, the first row, to u, the last. A row with fewer steps
+            stays at its last time.
+        s: (B,), where the jumps land.
+    """
+
+    nodes: Tensor
+    s: Tensor
+
+    @property
+    def t(self) -> Tensor:
+        """Where the jumps start, (B,)."""
+        return self.nodes[0]
+
+    @property
+    def u(self) -> Tensor:
+        """Where the teacher hands over, (B,)."""
+        return self.nodes[-1]
+
+
+@dataclass(frozen=True)
+class JumpTimes:
+    """The law of t, u and s.
+
+    Attributes:
+        grid: N >= 2 rising times, from the noisiest to the data end.
+        span: how far the teacher goes: "local" one interval of the grid, "soft" k of them, "global" all the way (u = s).
+        longest: the largest k; by default N - 1.
+        favour_long: draw k with a probability proportional to k, else uniformly.
+        per_row: draw a k for each row, as the paper has it; else one for the whole batch (and all machines), as its code
+            does, so that no row waits for another.
+        to_end: jumps land at the end only (consistency models).
+        normal: mean and deviation of ln(sigma / alpha) at t, where nodes are not equally likely (2310.14189, section 3.5).
+        levels: sigma / alpha at the nodes, which `normal` needs.
+    """
+
+    grid: Grid
+    span: Span = "soft"
+    longest: int | None = None
+    favour_long: bool = True
+    per_row: bool = False
+    to_end: bool = False
+    normal: tuple[float, float] | None = None
+    levels: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.grid) < 2 or any(b <= a for a, b in pairwise(self.grid)):
+            raise ValueError(f"grid: two or more rising times are needed, got {self.grid}")
+        if self.span not in ("soft", "local", "global"):
+            raise ValueError(unknown("span", self.span, ["soft", "local", "global"]))
+        if self.longest is not None and not 1 <= self.longest < len(self.grid):
+            raise ValueError(f"longest: must lie in [1, {len(self.grid) - 1}] on this grid, got {self.longest}")
+        if self.normal is not None and len(self.levels) != len(self.grid):
+            raise ValueError("levels: a normal law of the level needs that of each node")
+
+    def draw(
+        self,
+        rows: int,
+        generator: torch.Generator | None = None,
+        shared: torch.Generator | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> JumpDraw:
+        """Draw jumps for a batch.
+
+        Args:
+            rows: B.
+            generator: draws what differs between rows.
+            shared: draws k where it is one for the batch; the same on every machine.
+            device, dtype: of the times.
+        """
+        last = len(self.grid) - 1
+        k = self._spans(rows, generator, shared if shared is not None else generator, device)
+        first = self._first(rows, k, generator, device)
+        handed = first + k
+        if self.to_end:
+            landing = torch.full_like(handed, last)
+        elif self.span == "global":
+            landing = handed
+        else:
+            room = (last - handed + 1).double()
+            landing = handed + (torch.rand(rows, generator=generator, device=device, dtype=torch.float64) * room).long()
+            landing = landing.clamp(max=last)
+        return self.at(first, k, landing, dtype)
+
+    def at(self, first: Tensor, k: Tensor, landing: Tensor, dtype: torch.dtype = torch.float32) -> JumpDraw:
+        """The jumps of given nodes: from `first`, handed over after `k` intervals, to `landing`, each (B,)."""
+        times = torch.tensor(self.grid, dtype=dtype, device=first.device)
+        steps = torch.arange(int(k.max()) + 1, device=first.device)[:, None]
+        return JumpDraw(times[first + torch.minimum(steps, k)], times[landing])
+
+    def _spans(
+        self,
+        rows: int,
+        generator: torch.Generator | None,
+        shared: torch.Generator | None,
+        device: torch.device | str,
+    ) -> Tensor:
+        """k of each row."""
+        if self.span == "local":
+            return torch.ones(rows, dtype=torch.long, device=device)
+        longest = self.longest or len(self.grid) - 1
+        weights = torch.arange(1, longest + 1, dtype=torch.float64, device=device)
+        weights = weights if self.favour_long else torch.ones_like(weights)
+        if self.per_row:
+            return 1 + torch.multinomial(weights, rows, replacement=True, generator=generator)
+        return (1 + torch.multinomial(weights, 1, generator=shared)).expand(rows)
+
+    def _first(self, rows: int, k: Tensor, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+        """Node of t in [0, N - 1 - k]."""
+        count = len(self.grid) - k
+        if self.normal is None:
+            drawn = torch.rand(rows, generator=generator, device=device, dtype=torch.float64) * count
+            return drawn.long().minimum(count - 1)
+        mean, deviation = self.normal
+        edges = (torch.tensor(self.levels, dtype=torch.float64).log() - mean) / (deviation * math.sqrt(2))
+        weights = (torch.erf(edges[:-1]) - torch.erf(edges[1:])).to(device)
+        allowed = torch.arange(len(weights), device=device) < count[:, None]
+        return torch.multinomial(weights * allowed + 1e-12 * allowed, 1, generator=generator)[:, 0]
+
+
+def jump_times(
+    flow: Flow,
+    count: int = 18,
+    *,
+    grid: GridName = "edm",
+    normal: tuple[float, float] | None = None,
+    **settings: object,
+) -> JumpTimes:
+    """The law on a flow's own grid.
+
+    Args:
+        flow: on an affine path.
+        count: N, number of times; 18 and 40 in the paper.
+        grid: their spacing, EDM's by default.
+        normal, settings: see `JumpTimes`.
+    """
+    if count < 2:
+        raise ValueError(f"grid: at least 2 times are needed, got {count}")
+    nodes = make_grid(count - 1, flow.interval, kind=grid, path=flow.path)
+    levels = tuple(noise_levels(flow.path, nodes)) if normal is not None else ()
+    return JumpTimes(nodes, normal=normal, levels=levels, **settings)  # type: ignore[arg-type]
+
+
+def noise_levels(path: AffinePath, times: Grid) -> list[float]:
+    """sigma / alpha at some times, kept between EDM's smallest level and 1e4."""
+    at = torch.tensor(times, dtype=torch.float64)
+    return (path.sigma(at) / path.alpha(at).clamp_min(1e-30)).clamp(1e-6, 1e4).tolist()
+
+
+@dataclass(frozen=True)
+class DenoisingTimes(TimeLaw):
+    """Times of the denoising term of CTM (2310.02279, code): half of them EDM's, half noisier.
+
+    ln(sigma / alpha) is normal in one half; the other is uniform in the first `share` of EDM's grid, which spans the levels
+    80 to 0.32 with 0.7.
+
+    Attributes:
+        path: where the levels become times.
+        interval: of the flow; levels beyond it are kept at its ends.
+        mean, deviation: of the normal law.
+        share: of the grid.
+        rho: its exponent.
+    """
+
+    path: AffinePath
+    interval: tuple[float, float]
+    mean: float = -1.2
+    deviation: float = 1.2
+    share: float = 0.7
+    rho: float = 7.0
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The first half of u for the noisy half of the law; as a fraction of the interval."""
+        wide = u.double()
+        low, high = (level ** (1 / self.rho) for level in EDM_LEVELS)
+        noisy = (high + (2 * wide).clamp(max=1) * self.share * (low - high)) ** self.rho
+        normal = torch.special.ndtri((2 * wide - 1).clamp(1e-6, 1 - 1e-6))
+        level = torch.where(wide < 0.5, noisy, torch.exp(self.mean + self.deviation * normal))
+        first, last = self.interval
+        t = self.path.time_at(1 / level).clamp(first, last)
+        return ((t - first) / (last - first)).to(u.dtype)
+
+    def pdf(self, t: Tensor) -> Tensor:
+        """Not known in closed form."""
+        raise ValueError("times: this law has no closed density")

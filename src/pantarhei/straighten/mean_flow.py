@@ -1,0 +1,92 @@
+"""MeanFlow (Geng et al. 2505.13447): the mean velocity between two times, learned from its own derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pantarhei.flow import Flow, evaluation_mode
+from pantarhei.flow.couplings import Independent
+from pantarhei.flow.estimates import Estimates
+from pantarhei.flow.heads import MeanVelocity
+from pantarhei.flow.objectives import draw_pairs, draw_times, drop_conditions
+from pantarhei.flow.times import LogitNormal, TimeLaw
+from pantarhei.flow.trajectory import TrajectoryModel
+from pantarhei.solve.state import per_row
+
+
+@dataclass(frozen=True)
+class MeanFlow:
+    """The loss of a trajectory model whose head is "mean-velocity".
+
+    (s - t) u(x_t, t, s) is the way from t to s; its derivative along the flow gives u = v + (s - t) du/dt, whose right-hand
+    side, with the derivative of the present network (one forward-mode pass), is the target. The squared error |d|^2 of a
+    row, summed, is divided by (|d|^2 + c)^p.
+
+    Attributes:
+        teacher: a frozen flow on the student's path whose velocity v is; without one v is that of the pair (x0, x1).
+        guidance: of the teacher; without one v becomes g v + (1 - g) u(x_t, t, t) with no condition (its equation 21).
+        share: of rows with s > t; the others learn the velocity.
+        times: law of both times, of which the earlier one is t.
+        power, constant: p and c; the paper has p = 0.75 for CIFAR-10 and 1 for ImageNet.
+        dropout: how often a condition is dropped.
+    """
+
+    teacher: Flow | None = None
+    guidance: float = 1.0
+    share: float = 0.75
+    times: TimeLaw = field(default_factory=lambda: LogitNormal(0.4, 1.0))
+    power: float = 0.75
+    constant: float = 1e-3
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share: must lie in [0, 1], got {self.share}")
+        if self.power < 0 or not self.constant > 0:
+            raise ValueError(f"power, constant: must not be negative, got {self.power} and {self.constant}")
+
+    def __call__(
+        self, flow: Flow, batch: Mapping[str, Tensor], generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and logged values of a batch.
+
+        Raises:
+            ValueError: another head.
+        """
+        if not (isinstance(flow, TrajectoryModel) and isinstance(flow.head, MeanVelocity)):
+            raise ValueError("flow: MeanFlow trains a TrajectoryModel with head='mean-velocity'")
+        _, x0, x1, condition = draw_pairs(flow, batch, Independent(), None, generator)
+        condition = drop_conditions(condition, self.dropout, x1, generator)
+        pair = [draw_times(self.times, x1, flow.interval, False, generator) for _ in range(2)]
+        t, s = torch.minimum(*pair), torch.maximum(*pair)
+        apart = torch.rand(len(x1), generator=generator, device=x1.device) < self.share
+        s = torch.where(apart, s, t)
+        x, straight = flow.path.sample(x0, x1, None, t)
+        velocity = self._velocity(flow, x, t, straight, condition)
+
+        def mean(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            return flow.prediction.velocity(flow.path, x, t, flow.raw(x, t, s, condition))
+
+        moved: Any = torch.func.jvp(mean, (x, t, s), (velocity, torch.ones_like(t), torch.zeros_like(s)))
+        u, slope = moved
+        target = (velocity + per_row(s - t, x).to(x.dtype) * slope).detach()
+        error = (u - target).square().flatten(1).sum(dim=1)
+        weight = (error.detach() + self.constant) ** -self.power
+        loss = (weight * error).mean()
+        return loss, {"loss": loss.detach(), "error": error.detach().mean()}
+
+    @torch.no_grad()
+    def _velocity(self, flow: TrajectoryModel, x: Tensor, t: Tensor, straight: Tensor, condition: Any) -> Tensor:
+        """The velocity at (x, t) that is averaged."""
+        if self.teacher is not None:
+            with evaluation_mode(self.teacher.network):
+                return Estimates(self.teacher, self.guidance, ()).velocity(x, t, condition)
+        if self.guidance == 1.0 or condition is None:
+            return straight
+        null = condition.null()
+        return self.guidance * straight + (1 - self.guidance) * flow.velocity(x, t, null)

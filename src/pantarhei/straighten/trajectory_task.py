@@ -1,0 +1,227 @@
+"""The training of trajectory models: matching, a denoising term, an adversarial term, and their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pantarhei.flow import Condition, Flow, Objective, evaluation_mode
+from pantarhei.flow.conditions import as_condition
+from pantarhei.flow.couplings import Independent
+from pantarhei.flow.numbered import numbered_noise
+from pantarhei.flow.objectives import draw_pairs, drop_conditions
+from pantarhei.flow.trajectory import TrajectoryModel
+from pantarhei.networks.second_time import last_layer
+from pantarhei.straighten.adversarial import Adversarial, discriminator_loss, generator_loss
+from pantarhei.straighten.jump_times import JumpTimes
+from pantarhei.straighten.trajectory_matching import Compared, TrajectoryMatching
+from pantarhei.training import FlowTask, Optimization
+from pantarhei.training.task import Trained, Update, held, unwrapped
+
+LARGEST, SMALLEST = 1e4, 1e-4  # of an adaptive weight, and what is added to the norm it is divided by
+
+
+class TrajectoryTask(FlowTask):
+    """Train a trajectory model.
+
+    The loss is E[matching] + w_d lambda_d E[denoising] + w_a lambda_a E[adversarial] (Kim et al. 2310.02279, section 3),
+    where an adaptive lambda is |grad matching| / (|grad other| + 1e-4), both gradients those of the network's last layer
+    (Esser et al. 2012.09841), kept below 1e4.
+
+    Args:
+        model: the student, trained in place.
+        matching: how it is compared with itself.
+        times: law of its jumps, or a function of the iteration that gives it.
+        data, held_out, optimization, average: as of a `FlowTask`. The average is who jumps to the data end.
+        denoising: an objective of the flow at s = t; None leaves it out.
+        denoising_weight: w_d.
+        adaptive: whether the other terms have adaptive weights.
+        adversarial: a discriminator and its settings; None leaves it out.
+        dropout: how often a condition is dropped, for guidance.
+
+    Raises:
+        ValueError: a denoising term for a head that has no field, or pairs that a rectified teacher needs are not there.
+    """
+
+    def __init__(
+        self,
+        model: TrajectoryModel,
+        matching: TrajectoryMatching,
+        times: JumpTimes | Callable[[int], JumpTimes],
+        data: Any = None,
+        *,
+        denoising: Objective | None = None,
+        denoising_weight: float = 1.0,
+        adaptive: bool = True,
+        adversarial: Adversarial | None = None,
+        dropout: float = 0.0,
+        held_out: Any = None,
+        optimization: Optimization | None = None,
+        average: float = 0.999,
+        warmup_average: bool = True,
+    ):
+        if denoising is not None and not model.head.anywhere:
+            raise ValueError("denoising: a consistency model has no field that could denoise")
+        if not average:
+            raise ValueError("average: trajectory models need one: it jumps to the data end; give a decay in (0, 1)")
+        super().__init__(
+            model,
+            None,
+            data,
+            held_out=held_out,
+            optimization=optimization or Optimization(lr=4e-4, optimizer="radam"),
+            average=average,
+            warmup_average=warmup_average,
+        )
+        self.matching, self.denoising, self.adversarial = matching, denoising, adversarial
+        self.denoising_weight, self.adaptive, self.dropout = denoising_weight, adaptive, dropout
+        self._times = times
+        self.teacher = matching.teacher  # a submodule, so that it moves to the device
+        if adversarial is not None:
+            self.discriminator = adversarial.discriminator.requires_grad_(True)
+            self.groups = {**self.groups, "discriminator": Trained(("discriminator",), adversarial.optimization)}
+        check_pairs_where_needed(matching.teacher, self.data)
+        self._truth: tuple[Tensor, Tensor, Condition | None] | None = None
+
+    @property
+    def model(self) -> TrajectoryModel:
+        """The student."""
+        model: Any = self.flow
+        return model
+
+    def times(self) -> JumpTimes:
+        """The law of jumps of this iteration."""
+        return self._times(self.iteration) if callable(self._times) else self._times
+
+    def updates(self, batch: dict[str, Tensor], generator: torch.Generator) -> Iterator[Update]:
+        """The student's update, and the discriminator's."""
+        model, average = self.model, self._average_model()
+        _, x0, x1, condition = draw_pairs(model, batch, Independent(), None, generator)
+        condition = drop_conditions(condition, self.dropout, x1, generator)
+        wide = torch.promote_types(x1.dtype, torch.float32)
+        draw = self.times().draw(len(x1), generator, self.shared, device=x1.device, dtype=wide)
+        compared = self.matching.compare(model, average, draw, x0, x1, condition)
+        distance = self.matching.loss(model, draw, compared).mean()
+        playing = self.adversarial is not None and self.iteration >= self.adversarial.after
+        # The gradient of the landing once: the graph through the average's jump is left before the student's is walked.
+        slope = _slope(distance, compared.landing, keep=playing)
+        total = _carried(distance, slope, compared.landing)
+        log: dict[str, Any] = {"loss": distance.detach()}
+        norm = self._norm(total) if self.adaptive else None
+        if self.denoising is not None:
+            term, _ = self.denoising(model, batch, generator)
+            weight = self._weight(norm, term)
+            total = total + self.denoising_weight * weight * term
+            log |= {"denoising": term.detach(), "denoising_weight": weight}
+        if playing:
+            term = self._played(compared, generator)
+            weight = self._weight(norm, term, self.adversarial.limits)  # type: ignore[union-attr]
+            total = total + self.adversarial.weight * weight * term  # type: ignore[union-attr]
+            log |= {"adversarial": term.detach(), "adversarial_weight": weight}
+        yield Update(total, "network", log)
+        if playing:
+            yield self._judged(compared.estimate.detach(), x1, generator)
+
+    def _played(self, compared: Compared, generator: torch.Generator) -> Tensor:
+        """The student's adversarial loss, with the gradient of its landing."""
+        assert self.adversarial is not None
+        with held(self.discriminator) as judge:
+            term = generator_loss(judge(self.adversarial.shown(compared.estimate, generator)))
+        return _carried(term, _slope(term, compared.landing), compared.landing)
+
+    def _judged(self, fake: Tensor, real: Tensor, generator: torch.Generator) -> Update:
+        """The discriminator's update."""
+        assert self.adversarial is not None
+        both = self.adversarial.shown(torch.cat([fake, real]), generator)
+        false, true = self.discriminator(both).chunk(2)
+        loss = discriminator_loss(false, true)
+        log = {"discriminator": loss.detach(), "accuracy": ((false < 0).float().mean() + (true > 0).float().mean()) / 2}
+        return Update(loss, "discriminator", log)
+
+    def _norm(self, term: Tensor) -> Tensor:
+        layer = last_layer(unwrapped(self.flow.network))
+        return torch.autograd.grad(term, layer, retain_graph=True)[0].norm()
+
+    def _weight(
+        self, norm: Tensor | None, term: Tensor, limits: tuple[float, float] = (0.0, LARGEST)
+    ) -> Tensor | float:
+        if norm is None:
+            return 1.0
+        return (norm / (self._norm(term) + SMALLEST)).clamp(*limits).detach()
+
+    def _average_model(self) -> TrajectoryModel:
+        """The student around its average; made once, and not a submodule."""
+        made = self.__dict__.get("_around_average")
+        if made is None:
+            made = self.__dict__["_around_average"] = (self.result(),)
+        model: Any = made[0]
+        return model
+
+    @torch.no_grad()
+    def validate(self) -> float | None:
+        """Mean squared distance of one jump from noise to where the teacher leads; none without a teacher."""
+        if self.teacher is None or self.flow.shape is None:
+            return None
+        model = self._average_model()
+        if self._truth is None:
+            self._truth = _teacher_samples(self.teacher, self.matching.guidance, self.held_out or self.data)
+        x0, x1, condition = self._truth
+        with evaluation_mode(model.network):
+            parts = [
+                model.sample(x0=x0[rows], condition=None if condition is None else condition.index(rows), decode=False)
+                for rows in torch.arange(len(x0)).split(self.validation_batch)
+            ]
+        return float((torch.cat(parts) - x1).square().mean())
+
+    def preview(self, folder: Path, iteration: int) -> None:
+        """A grid of 64 samples of one jump from fixed noise (images), or a scatter of 2,000 (points)."""
+        self._draw_preview(folder, iteration, steps=1)
+
+
+class Truth(NamedTuple):
+    """Noise, where the teacher leads, and the condition."""
+
+    x0: Tensor
+    x1: Tensor
+    condition: Condition | None
+
+
+def _teacher_samples(teacher: Flow, guidance: float, data: Any, count: int = 256) -> Truth:
+    rows = torch.arange(count) % len(data)
+    x0 = numbered_noise(0, range(count), teacher.shape or (), salt=22).to(teacher.device, teacher.dtype)
+    condition = None
+    if teacher.conditions:
+        batch = data.fetch(rows)
+        named = {name: batch[name].to(teacher.device) for name in teacher.conditions}
+        condition = as_condition(named, teacher.null, count)
+    x1 = teacher.sample(
+        x0=x0, condition=condition, guidance=guidance, steps=18, method="edm", grid="edm", final="state", decode=False
+    )
+    return Truth(x0, x1, condition)
+
+
+def _slope(term: Tensor, landing: Tensor, keep: bool = False) -> Tensor:
+    return torch.autograd.grad(term, landing, retain_graph=keep)[0]
+
+
+def _carried(term: Tensor, slope: Tensor, landing: Tensor) -> Tensor:
+    """A number of the term's value with its gradient, which is that of <slope, landing>."""
+    product = (slope * landing).sum()
+    return term.detach() + product - product.detach()
+
+
+def check_pairs_where_needed(teacher: Flow | None, data: Any) -> None:
+    """Refuse plain data where the teacher's noise and data belong together.
+
+    Raises:
+        ValueError: it was rectified, and the data bring no noise.
+    """
+    if teacher is None:
+        return
+    reason = teacher.provenance.why_not_marginal()
+    if reason is not None and "x0" not in data.fetch(torch.arange(1)):
+        raise ValueError(f"data: {reason}; give pairs of it (straighten.make_pairs) instead of plain data")
