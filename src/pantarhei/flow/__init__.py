@@ -6,6 +6,7 @@ from pantarhei.flow.churn import Churn, churned_sample
 from pantarhei.flow.closed_form import GaussianMixture, MixtureField
 from pantarhei.flow.conditions import Condition
 from pantarhei.flow.control import kl_control, loss_gap
+from pantarhei.flow.controls import ClassifierGuidance, known_part, langevin, rejection_sample
 from pantarhei.flow.denoising import denoising_steps
 from pantarhei.flow.entropic import EntropicField, Potentials, sinkhorn_potentials
 from pantarhei.flow.feature_jacobian import FeatureJacobian
@@ -33,6 +34,7 @@ from pantarhei.flow.transforms import FieldTransform, Guidance, Stretched
 __all__ = [
     "LPIPS",
     "Churn",
+    "ClassifierGuidance",
     "Condition",
     "EmpiricalField",
     "EntropicField",
@@ -75,6 +77,8 @@ __all__ = [
     "heads",
     "interpolants",
     "kl_control",
+    "known_part",
+    "langevin",
     "log_likelihood",
     "loss_gap",
     "make_grid",
@@ -84,6 +88,7 @@ __all__ = [
     "path_likelihood",
     "paths",
     "predictions",
+    "rejection_sample",
     "sinkhorn_potentials",
     "sources",
     "squared",

@@ -66,12 +66,14 @@ def churned_sample(
         options: `guidance`, `transforms`, `grid` of `Flow.transport`.
 
     Raises:
-        ValueError: noise and data are not independent, so that noise cannot be added.
+        ValueError: noise and data are not independent, so that noise cannot be added; or a grid that begins elsewhere.
     """
     flow.require_score()
     churn, path = churn or Churn(), flow.path
     grid = options.pop("grid", "edm")
     nodes = flow._grid(steps, flow.interval, grid, 1.0) if isinstance(steps, int) else tuple(steps)
+    if abs(nodes[0] - flow.interval[0]) > 1e-6:
+        raise ValueError(f"steps: the grid must begin at the first time, {flow.interval[0]:g}, got {nodes[0]:g}")
     levels = _levels(flow, nodes)
     gain = min(churn.amount / len(nodes), math.sqrt(2) - 1)  # the closing step counts
     x = flow.first_sigma * x0
@@ -102,4 +104,5 @@ def _denoised(flow: Flow, x: Tensor, t: float, condition: ConditionLike, options
 
     time = x.new_full((), t, dtype=torch.promote_types(x.dtype, torch.float32))
     guided = Estimates(flow, options.get("guidance", 1.0), options.get("transforms", ()))
-    return guided.ends(x, time, as_condition(condition, flow.null, x.shape[0])).data
+    named = as_condition(condition, flow.null, x.shape[0])
+    return guided.ends(x, time, None if named is None else named.to(x.device)).data

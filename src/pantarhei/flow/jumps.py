@@ -50,7 +50,7 @@ def gamma_moves(path: AffinePath, times: Sequence[float], gamma: float = 0.0) ->
     return [*moves[:-1], Move(moves[-1].back, moves[-1].back)]
 
 
-def two_jumps(path: AffinePath, times: Sequence[float], to: int, back: int) -> list[Move]:
+def two_jumps(times: Sequence[float], to: int, back: int) -> list[Move]:
     """Two jumps over a grid of times: to its node number `to`, by noise back to its node `back` <= `to`, and to its end.
 
     The published samples of ImageNet take nodes 36 and 20 of 40.

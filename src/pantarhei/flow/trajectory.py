@@ -12,7 +12,7 @@ from pantarhei.flow.affine import AffinePath
 from pantarhei.flow.conditions import Condition, as_condition
 from pantarhei.flow.flow import ConditionLike, Flow
 from pantarhei.flow.grids import Grid, GridName
-from pantarhei.flow.heads import Head, HeadName, build_head
+from pantarhei.flow.heads import Head, HeadName, MeanVelocity, build_head
 from pantarhei.flow.jumps import Move, gamma_moves, renoised
 from pantarhei.flow.modes import evaluation_mode
 from pantarhei.flow.predictions import as_rows, check_times
@@ -52,10 +52,25 @@ class TrajectoryModel(Flow):
         """The arguments that make such a model around another network."""
         return {**super().settings(), "head": self.head}
 
+    def like(self, network: nn.Module, *, path: AffinePath | None = None, **changes: Any) -> Flow:
+        """The same model around another network, see `Flow.like`.
+
+        Raises:
+            ValueError: mean velocities on another path, where the way between two times has another mean.
+        """
+        if path is not None and path != self.path and isinstance(self.head, MeanVelocity):
+            raise ValueError("path: mean velocities are of one path; a model with head='ctm' goes along any")
+        return super().like(network, path=path, **changes)
+
     # The field: the network at s = t
 
     def output(self, x: Tensor, t: Tensor, condition: ConditionLike = None) -> Tensor:
-        """The network's raw output at (x, t, t)."""
+        """The network's raw output at (x, t, t).
+
+        Raises:
+            ValueError: of a consistency model, whose output says nothing about the way.
+        """
+        self.require_ode()
         return self.raw(x, t, t, as_condition(condition, self.null, x.shape[0]))
 
     def raw(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> Tensor:
@@ -265,6 +280,8 @@ class TrajectoryModel(Flow):
                 if isinstance(steps, int)
                 else steps
             )
+            if abs(nodes[0] - self.interval[0]) > 1e-6:
+                raise ValueError(f"steps: the grid must begin at the first time, {self.interval[0]:g}, got {nodes[0]:g}")
             if gamma is None:
                 gamma = 0.0 if self.head.anywhere else 1.0
             moves = gamma_moves(self.path, nodes, gamma)

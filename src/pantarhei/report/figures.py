@@ -76,6 +76,51 @@ def curves(
     return figure
 
 
+def heat_map(
+    values: Tensor,
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str = "",
+    log: bool = False,
+) -> Figure:
+    """A table of numbers as colours, with the numbers in it; NaN stays blank.
+
+    Args:
+        values: (R, C).
+        rows: labels of the rows, from the top.
+        columns: labels of the columns.
+        xlabel, ylabel: what columns and rows are.
+        title: over the figure.
+        log: colours by the logarithm.
+
+    Raises:
+        ValueError: labels that are not as many as rows and columns.
+    """
+    if values.ndim != 2 or values.shape != (len(rows), len(columns)):
+        raise ValueError(f"values: expected shape {(len(rows), len(columns))} by the labels, got {tuple(values.shape)}")
+    numbers = values.detach().double().cpu()
+    shown = numbers.clamp_min(1e-12).log10() if log else numbers
+    with styled():
+        figure, (axes,) = new_figure(0.62 * len(columns) + 1.8, 0.45 * len(rows) + 1.4)
+        axes.imshow(shown.numpy(), cmap="Blues", aspect="auto")
+        known = shown[~shown.isnan()]
+        middle = float((known.min() + known.max()) / 2) if known.numel() else 0.0
+        for i in range(len(rows)):
+            for j in range(len(columns)):
+                if not bool(numbers[i, j].isnan()):
+                    colour = "white" if float(shown[i, j]) > middle else INK
+                    text = f"{float(numbers[i, j]):.2g}"
+                    axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=7)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.grid(False)
+        _label(axes, xlabel, ylabel, title)
+    return figure
+
+
 def scatter_2d(
     sets: Mapping[str, Tensor],
     *,

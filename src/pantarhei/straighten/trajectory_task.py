@@ -143,15 +143,12 @@ class TrajectoryTask(FlowTask):
         return Update(loss, "discriminator", log)
 
     def _norm(self, term: Tensor) -> Tensor:
-        layer = last_layer(unwrapped(self.flow.network))
-        return torch.autograd.grad(term, layer, retain_graph=True)[0].norm()
+        return slope_norm(term, last_layer(unwrapped(self.flow.network)))
 
     def _weight(
         self, norm: Tensor | None, term: Tensor, limits: tuple[float, float] = (0.0, LARGEST)
     ) -> Tensor | float:
-        if norm is None:
-            return 1.0
-        return (norm / (self._norm(term) + SMALLEST)).clamp(*limits).detach()
+        return 1.0 if norm is None else adaptive_weight(norm, self._norm(term), limits)
 
     def _average_model(self) -> TrajectoryModel:
         """The student around its average; made once, and not a submodule."""
@@ -180,6 +177,16 @@ class TrajectoryTask(FlowTask):
     def preview(self, folder: Path, iteration: int) -> None:
         """A grid of 64 samples of one jump from fixed noise (images), or a scatter of 2,000 (points)."""
         self._draw_preview(folder, iteration, steps=1)
+
+
+def slope_norm(term: Tensor, layer: Tensor) -> Tensor:
+    """Norm of a term's gradient with respect to a layer's weight, 0-d; the graph is kept."""
+    return torch.autograd.grad(term, layer, retain_graph=True)[0].norm()
+
+
+def adaptive_weight(norm: Tensor, other: Tensor, limits: tuple[float, float] = (0.0, LARGEST)) -> Tensor:
+    """norm / (other + 1e-4), within limits: what makes another term's gradient as long as the first one's."""
+    return (norm / (other + SMALLEST)).clamp(*limits).detach()
 
 
 class Truth(NamedTuple):
