@@ -22,6 +22,7 @@ SUITE = (
     "ncsnpp",
     "pairs",
     "state_pairs",
+    "trajectory",
     "time_to_quality",
 )
 PAGE = RESULTS.parent.parent / "benchmarks.md"

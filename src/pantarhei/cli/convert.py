@@ -9,7 +9,7 @@ import tyro
 
 from pantarhei.cli.opening import read_checkpoint
 from pantarhei.flow import Flow
-from pantarhei.interop import diffusers_write, edm, load, score_sde, sit
+from pantarhei.interop import consistency, diffusers_write, edm, load, score_sde, sit
 from pantarhei.interop.loading import find_checkpoint
 from pantarhei.training import Run
 from pantarhei.training.runs import CONFIG
@@ -18,12 +18,13 @@ from pantarhei.training.runs import CONFIG
 def convert(
     source: tyro.conf.Positional[Path],
     out: Path,
-    to: Literal["pantarhei", "score-sde", "sit", "sit-train", "edm", "edm-train", "diffusers"] = "pantarhei",
+    to: Literal["pantarhei", "score-sde", "sit", "sit-train", "edm", "edm-train", "ctm", "diffusers"] = "pantarhei",
     weights: Literal["average", "raw"] = "average",
     size: int | None = None,
     heads: int | None = None,
     rectified: int | None = None,
     distilled: int | None = None,
+    kind: Literal["ctm", "cm", "edm"] | None = None,
     base: Path | None = None,
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None,
     guidance: float | None = None,
@@ -38,10 +39,13 @@ def convert(
             run, a folder with `flow.json`, or a folder of diffusers.
         out: folder to write (pantarhei, diffusers), or file (the others).
         to: layout to write: ours, that of score_sde (rectified flow), SiT's, that of rectified flow++ for EDM's networks
-            (the last two: bare weights, or as their training saves), or a folder of diffusers.
+            (the last two: bare weights, or as their training saves), that of CTM and of OpenAI's consistency models, or a
+            folder of diffusers.
         weights: of a checkpoint or run: the moving average, or the raw weights.
-        size: side of the images of a score_sde checkpoint whose attention does not sit at side 16.
-        heads: attention heads of a SiT checkpoint that is of no published size.
+        size: side of the images of a score_sde checkpoint whose attention does not sit at side 16, or of a network of guided
+            diffusion that is of no published size.
+        heads: attention heads of a SiT checkpoint that is of no published size; channels of each in guided diffusion's.
+        kind: of weights that do not say it: a consistency trajectory model, a consistency model, or a denoiser of EDM.
         rectified: how many reflow rounds a checkpoint went through, which its file does not say; 0 for 1-rectified flow and
             for EDM's own. Score, SDE and likelihood of a score_sde checkpoint are refused where this is left out.
         distilled: steps that a checkpoint was distilled to, where it was.
@@ -58,11 +62,11 @@ def convert(
         raise ValueError(f"--guidance: must not be negative, got {guidance:g}")
     if steps is not None and steps < 1:
         raise ValueError(f"--steps: must be at least 1, got {steps}")
-    told = {"size": size, "heads": heads, "rectified": rectified, "distilled": distilled}
+    told: dict[str, Any] = {"size": size, "heads": heads, "kind": kind, "rectified": rectified, "distilled": distilled}
     told = {name: value for name, value in told.items() if value is not None}
     overrides: dict[str, Any] = told if source.is_file() else {"checkpoint": read_checkpoint(checkpoint)}
     if not source.is_file() and told:
-        raise ValueError("--size, --heads, --rectified, --distilled: only a checkpoint file needs them")
+        raise ValueError("--size, --heads, --kind, --rectified, --distilled: only a checkpoint file needs them")
     overrides |= {k: v for k, v in {"base": base, "schedule": schedule}.items() if v is not None}
     averaged = weights == "average"
     if to in ("pantarhei", "diffusers"):
@@ -78,12 +82,12 @@ def convert(
         print(f"{source} -> {out}: {sum(p.numel() for p in flow.network.parameters()):,} parameters")
         print(f"next: pantarhei sample {out} --count 16 --out samples")
         return 0
-    if out.suffix not in (".pth", ".pt", *((".safetensors",) if to == "edm" else ())):
+    if out.suffix not in (".pth", ".pt", *((".safetensors",) if to in ("edm", "ctm") else ())):
         raise ValueError(f"--out: the {to} layout is a .pth or .pt file, got {out.name}")
     of_run = (source / CONFIG).is_file()
     raw = (
         load(source, averaged=False, **overrides).network.state_dict()
-        if of_run and averaged and to not in ("sit", "edm")
+        if of_run and averaged and to not in ("sit", "edm", "ctm")
         else None
     )
     about: dict[str, Any] = {}
@@ -93,6 +97,8 @@ def convert(
         if of_run:
             about["decay"] = float(Run.open(source).config.get("recipe", {}).get("average", 0.999999))
         score_sde.write(flow, out, raw=raw, **about)
+    elif to == "ctm":
+        consistency.write(flow, out)
     elif to in ("edm", "edm-train"):
         edm.write(flow, out, raw=raw, layout="train" if to == "edm-train" else "weights", **about)
     else:

@@ -74,6 +74,8 @@ class JumpTimes:
             raise ValueError(unknown("span", self.span, ["soft", "local", "global"]))
         if self.longest is not None and not 1 <= self.longest < len(self.grid):
             raise ValueError(f"longest: must lie in [1, {len(self.grid) - 1}] on this grid, got {self.longest}")
+        if self.normal is not None and not self.normal[1] > 0:
+            raise ValueError(f"normal: a mean and a positive deviation are needed, got {self.normal}")
         if self.normal is not None and len(self.levels) != len(self.grid):
             raise ValueError("levels: a normal law of the level needs that of each node")
 

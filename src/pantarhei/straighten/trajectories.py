@@ -229,8 +229,8 @@ class MeanFlowTask(FlowTask):
 class Curriculum:
     """Grids that get finer while a consistency model trains without a teacher.
 
-    "ict" doubles 10 intervals to 1,280 (Song & Dhariwal 2310.14189, section 3.4), "ct" grows from 2 to 150 with the root of
-    time (Song et al. 2303.01469, appendix C).
+    "ict" doubles 10 intervals to 1,280 (Song & Dhariwal 2310.14189, section 3.4), "ct" grows from 1 to 150 with the root of
+    time (Song et al. 2303.01469, appendix C: N from s0 = 2 to s1 + 1 = 151 times).
 
     Args:
         model: whose grids these are.
