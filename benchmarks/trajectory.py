@@ -1,8 +1,8 @@
 """An iteration of consistency trajectory models: its cost in forwards of the network, and its memory.
 
 With k teacher steps an iteration has 2 k evaluations of the teacher, and of the student's network: a jump, two of the
-average to the data end and one of the student to compare with, a denoising estimate, and the gradients of three of them. That
-is 2 k + 10 forwards where a gradient costs as much as two, and one with respect to the input alone as much as one.
+average to the data end and one of the student to compare with, a denoising estimate, and the gradients of three of them.
+That is 2 k + 10 forwards where a gradient costs as much as two, and one with respect to the input alone as much as one.
 
 1. Time: iterations (both losses with adaptive weights, gradients, RAdam, moving average) against 2 k + 10 forwards.
 2. Memory: bytes that are saved for gradients in an iteration of k steps, over those of one step: none are the teacher's.

@@ -1,5 +1,6 @@
 """Models of jumps: exact on Gaussians, fields at s = t, gamma-sampling, guidance, what is kept, what is refused."""
 
+import itertools
 import math
 
 import pytest
@@ -166,9 +167,7 @@ def test_jumps_do_not_depend_on_the_path():
     moved = on_path(model, "linear")
     assert isinstance(moved, TrajectoryModel)
     t, _, s = random_times((0.1, 0.9), 20)
-    (own, scale), (own_s, scale_s) = (
-        pr.flow.paths.change_path(model.path, moved.path, time) for time in (t, s)
-    )
+    (own, scale), (own_s, scale_s) = (pr.flow.paths.change_path(model.path, moved.path, time) for time in (t, s))
     x = states(model, own)
     there = moved.jump(x / scale[:, None], t, s)
     assert torch.allclose(there * scale_s[:, None], model.jump(x, own, own_s), rtol=1e-6)
@@ -211,9 +210,7 @@ def test_at_the_same_time_it_is_the_flow_of_its_network(path, predicts, head):
     likelihood = {"condition": label, "method": "heun", "steps": 4}
     assert torch.equal(model.log_prob(x, **likelihood), flow.log_prob(x, **likelihood))
     sde = {"epsilon": 0.5, "steps": 4, "condition": label, "method": "euler_maruyama"}
-    assert torch.equal(
-        model.sample(x0=x, generator=seeded(), **sde), flow.sample(x0=x, generator=seeded(), **sde)
-    )
+    assert torch.equal(model.sample(x0=x, generator=seeded(), **sde), flow.sample(x0=x, generator=seeded(), **sde))
     losses = [FlowMatching()(f, {"x1": x, "label": label}, seeded())[0] for f in (model, flow)]
     assert torch.equal(*losses)
 
@@ -274,7 +271,10 @@ def test_a_consistency_model_has_no_field():
     [
         (lambda: small("trigonometric"), "jumps are along an affine path"),
         (lambda: small(head=CTM("variance")), "outer: 'variance' needs predicts='edm', got 'velocity'"),
-        (lambda: small("vp", "noise", Consistency("boundary")), "scaling: 'boundary' needs predicts='edm', got 'noise'"),
+        (
+            lambda: small("vp", "noise", Consistency("boundary")),
+            "scaling: 'boundary' needs predicts='edm', got 'noise'",
+        ),
         (lambda: CTM("euler-variance"), "outer: "),
         (lambda: Consistency("edm"), "scaling: "),
         (lambda: build_head("jump"), "head: "),
@@ -366,7 +366,7 @@ def test_a_sample_is_its_jumps():
     assert torch.equal(one, model.jump(80.0 * x0, 0.0, 1.0).detach())
     grid = (0.0, 0.35, 0.8, 1.0)
     x = 80.0 * x0
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
+    for t, s in itertools.pairwise(grid):
         x = model.jump(x, t, s)
     for steps in (grid, list(grid)):
         assert torch.equal(model.sample(x0=x0, steps=steps), x.detach())
@@ -433,9 +433,10 @@ def test_guidance_acts_on_jumps():
     wanted = apart[1] + 2.5 * (apart[0] - apart[1])
     for guidance in (2.5, Guidance(2.5), Guidance(2.5, batched=False)):
         assert torch.allclose(model.jump(x, t, s, label, guidance), wanted, rtol=1e-12)
-        assert torch.allclose(model.jump(x, 0.3, s.clamp(min=0.3), label, guidance)[0], model.jump(
-            x[:1], 0.3, float(s[0].clamp(min=0.3)), label[:1], guidance
-        )[0])
+        assert torch.allclose(
+            model.jump(x, 0.3, s.clamp(min=0.3), label, guidance)[0],
+            model.jump(x[:1], 0.3, float(s[0].clamp(min=0.3)), label[:1], guidance)[0],
+        )
     late = model.jump(x, t, s, label, Guidance(2.5, interval=(0.5, 1.0)))
     assert torch.allclose(late, torch.where((t >= 0.5)[:, None], wanted, apart[0]), rtol=1e-12)
     first = model.jump(x, 0.0, 0.6, label, 2.5)

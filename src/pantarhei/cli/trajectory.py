@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pantarhei.cli.teachers import Student, say_gaps, train_student
+from pantarhei.cli.teachers import Learning, Student, say_gaps, train_student
 from pantarhei.cli.train import Keeping, Machines, check_new, report_end
 from pantarhei.flow import Flow, PseudoHuber, squared
 from pantarhei.flow.heads import Outer
@@ -21,6 +21,7 @@ from pantarhei.straighten import Adversarial, Solver, trajectory_task
 from pantarhei.straighten.jump_times import Span
 from pantarhei.straighten.trajectories import Kind
 from pantarhei.training import FlowTask, train
+from pantarhei.training.machines import Precision
 
 TASK = "consistency-trajectory-models"
 
@@ -95,7 +96,7 @@ class Jumping:
             if self.vgg is None:
                 raise ValueError("--vgg: features of VGG16 need its weights")
             features = VGG16Features.from_file(self.vgg)
-            judge: Any = ProjectedDiscriminator([features], [features.widths[:4]])
+            judge: Any = ProjectedDiscriminator([features])
         else:
             judge = make_discriminator(flow.shape or ())
         return Adversarial(judge, self.adversarial_weight, self.adversarial_after)
@@ -121,7 +122,7 @@ def straighten_trajectory(
         guidance: of the teacher, which the student then has built in.
         label_dropout: how often the condition is dropped; guidance of the student needs it.
         student: what it starts from, how it learns, where it runs; `--data` is what is trained on, where the teacher's run
-            does not name its data.
+            does not name its data. A second phase with the adversarial term goes on from the first by `--start`.
     """
     opened = student.open_teacher(teacher, out)
     flow = opened.flow
@@ -148,6 +149,22 @@ def straighten_trajectory(
     if not status and student.machines.devices * student.machines.nodes == 1:
         say_gaps(opened, task.result(), Solver("edm", 17, guidance), min(64, learning.batch))
     return status
+
+
+def _published(points: int, longest: int, iterations: int, batch: int, precision: Precision = "fp32") -> dict[str, Any]:
+    """The published settings of the phase without the adversarial term."""
+    learning = Learning(iterations=iterations, batch=batch, lr=4e-4, warmup=0, decay="constant", average=0.999)
+    keeping = Keeping(checkpoint_every=5000, preview_every=5000)
+    return {
+        "jumping": Jumping(points=points, longest=longest, metric="lpips", initial="random"),
+        "student": Student(learning=learning, machines=Machines(precision=precision), keeping=keeping),
+    }
+
+
+straighten_trajectory.presets = {  # type: ignore[attr-defined]
+    "cifar10": _published(18, 17, 50_000, 256),
+    "imagenet64": _published(40, 20, 10_000, 1440, "bf16"),
+}
 
 
 def train_trajectory(

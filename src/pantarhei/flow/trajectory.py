@@ -281,7 +281,9 @@ class TrajectoryModel(Flow):
                 else steps
             )
             if abs(nodes[0] - self.interval[0]) > 1e-6:
-                raise ValueError(f"steps: the grid must begin at the first time, {self.interval[0]:g}, got {nodes[0]:g}")
+                raise ValueError(
+                    f"steps: the grid must begin at the first time, {self.interval[0]:g}, got {nodes[0]:g}"
+                )
             if gamma is None:
                 gamma = 0.0 if self.head.anywhere else 1.0
             moves = gamma_moves(self.path, nodes, gamma)

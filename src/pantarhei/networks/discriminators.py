@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ def make_discriminator(shape: Sequence[int], width: int = 64) -> nn.Module:
         ValueError: another shape.
     """
     if len(shape) == 3:
-        return ConvDiscriminator(shape[0], width)
+        return ConvDiscriminator(shape[0], width, max(4, min(shape[1:])))
     if len(shape) == 1:
         return PointDiscriminator(shape[0], 2 * width)
     raise ValueError(f"shape: there are discriminators for images (C, H, W) and points (D,), not for {tuple(shape)}")
@@ -29,23 +29,25 @@ def make_discriminator(shape: Sequence[int], width: int = 64) -> nn.Module:
 class ConvDiscriminator(nn.Module):
     """Spectrally normed convolutions, halving the side until it is 4 or less; one logit a remaining position.
 
-    `forward(x)`: images (B, C, H, W) of at least 4 x 4 to logits (B, positions).
+    `forward(x)`: images (B, C, H, W) to logits (B, positions).
 
     Args:
         channels: of the images.
         width: features at full side, doubled at each halving up to 8 times.
+        side: of the images, at least 4; larger ones give more positions.
     """
 
-    def __init__(self, channels: int = 3, width: int = 64):
+    def __init__(self, channels: int = 3, width: int = 64, side: int = 32):
         super().__init__()
-        if min(channels, width) < 1:
-            raise ValueError(f"channels, width: must be at least 1, got {channels} and {width}")
+        if min(channels, width) < 1 or side < 4:
+            raise ValueError(f"channels, width, side: at least 1, 1 and 4 are needed, got {channels}, {width}, {side}")
+        halvings = math.floor(math.log2(side / 5)) + 1  # 5 to 9 pixels become 4 or less, 10 to 19 are halved twice
+        sizes = [width * min(2**i, 8) for i in range(halvings + 1)]
         self.stem = spectral_norm(nn.Conv2d(channels, width, 3, padding=1))
-        sizes = [width * min(2**i, 8) for i in range(7)]
         self.halvings = nn.ModuleList(
-            spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)) for a, b in itertools.pairwise(sizes)
+            spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)) for a, b in pairwise(sizes)
         )
-        self.heads = nn.ModuleList(spectral_norm(nn.Conv2d(size, 1, 1)) for size in sizes)
+        self.head = spectral_norm(nn.Conv2d(sizes[-1], 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, positive for what looks real.
@@ -53,13 +55,13 @@ class ConvDiscriminator(nn.Module):
         Raises:
             ValueError: not images, or too small ones.
         """
-        if x.ndim != 4 or min(x.shape[2:]) < 4:
-            raise ValueError(f"x: images (B, C, H, W) of at least 4 x 4 are needed, got {tuple(x.shape)}")
-        h, level = F.leaky_relu(self.stem(x), 0.2), 0
-        while min(h.shape[2:]) > 4 and level < len(self.halvings):
-            h = F.leaky_relu(self.halvings[level](h), 0.2)
-            level += 1
-        return self.heads[level](h).flatten(1)
+        if x.ndim != 4 or min(x.shape[2:]) < 2 ** len(self.halvings):
+            least = 2 ** len(self.halvings)
+            raise ValueError(f"x: images (B, C, H, W) of at least {least} x {least} are needed, got {tuple(x.shape)}")
+        h = F.leaky_relu(self.stem(x), 0.2)
+        for halving in self.halvings:
+            h = F.leaky_relu(halving(h), 0.2)
+        return self.head(h).flatten(1)
 
 
 class PointDiscriminator(nn.Module):
@@ -74,7 +76,7 @@ class PointDiscriminator(nn.Module):
         super().__init__()
         sizes = [dimension, width, width, width]
         layers: list[nn.Module] = []
-        for a, b in itertools.pairwise(sizes):
+        for a, b in pairwise(sizes):
             layers += [spectral_norm(nn.Linear(a, b)), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, spectral_norm(nn.Linear(width, 1)))
 
@@ -93,37 +95,46 @@ class ProjectedDiscriminator(nn.Module):
     `forward(x)`: images (B, 3, H, W) in [-1, 1] to logits (B, sum over heads).
 
     Args:
-        features: frozen modules, images (B, 3, side, side) to feature maps (B, C_i, H_i, W_i), finest first.
-        channels: of those maps, for each network.
+        features: frozen modules, images (B, 3, side, side) to feature maps (B, C_i, H_i, W_i), finest first; only so many as
+            `mixed` has are looked at.
         mixed: channels after mixing, finest first.
-        side: images are resized to it before the features; None leaves them as they are.
+        side: images are resized to it.
         seed: of the random mixing.
 
     Raises:
-        ValueError: no networks, or numbers of maps that do not fit.
+        ValueError: no networks, or one whose output is no list of maps.
     """
 
     def __init__(
         self,
         features: Sequence[nn.Module],
-        channels: Sequence[Sequence[int]],
         *,
         mixed: Sequence[int] = (64, 128, 256, 512),
-        side: int | None = 224,
+        side: int = 224,
         seed: int = 0,
     ):
         super().__init__()
-        if not features or len(features) != len(channels):
-            raise ValueError(f"features: {len(features)} networks, but the channels of {len(channels)} are given")
-        if any(not 1 <= len(maps) <= len(mixed) for maps in channels):
-            raise ValueError(f"channels: each network needs 1 to {len(mixed)} maps, got {[len(c) for c in channels]}")
-        self.side = side
+        if not features:
+            raise ValueError("features: at least one feature network is needed")
+        self.side, self.count = side, len(mixed)
         self.features = nn.ModuleList(features).requires_grad_(False).eval()
+        shapes = [[tuple(h.shape[1:]) for h in maps] for maps in self._maps(torch.zeros(1, 3, side, side))]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.mixing = nn.ModuleList(_Mixing(maps, mixed[: len(maps)]) for maps in channels)
+            self.mixing = nn.ModuleList(_Mixing([s[0] for s in own], mixed[: len(own)]) for own in shapes)
         self.mixing.requires_grad_(False)
-        self.heads = nn.ModuleList(nn.ModuleList(_Head(size) for size in mixed[: len(maps)]) for maps in channels)
+        self.heads = nn.ModuleList(
+            nn.ModuleList(_Head(c, max(s[1:])) for c, s in zip(mixed, own, strict=False)) for own in shapes
+        )
+
+    def _maps(self, x: Tensor) -> Iterator[list[Tensor]]:
+        """The maps of each network that are looked at."""
+        for network in self.features:
+            maps = network(x)
+            if not isinstance(maps, (list, tuple)) or not maps or any(h.ndim != 4 for h in maps):
+                kind = type(network).__name__
+                raise ValueError(f"features: {kind} must give a list of maps (B, C, H, W), finest first")
+            yield list(maps[: self.count])
 
     def train(self, mode: bool = True) -> ProjectedDiscriminator:
         """The feature networks stay in evaluation mode."""
@@ -138,14 +149,12 @@ class ProjectedDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, positive for what looks real."""
-        if self.side is not None and x.shape[-1] != self.side:
+        if x.shape[2:] != (self.side, self.side):
             x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False)
-        logits = []
-        parts: Any = zip(self.features, self.mixing, self.heads, strict=True)
-        for network, mixing, heads in parts:
-            for head, mixed in zip(heads, mixing(list(network(x))), strict=True):
-                logits.append(head(mixed))
-        return torch.cat(logits, dim=1)
+        parts: Any = zip(self._maps(x), self.mixing, self.heads, strict=True)
+        return torch.cat(
+            [head(h) for maps, mixing, heads in parts for head, h in zip(heads, mixing(maps), strict=True)], dim=1
+        )
 
 
 class _Mixing(nn.Module):
@@ -154,7 +163,7 @@ class _Mixing(nn.Module):
     def __init__(self, maps: Sequence[int], mixed: Sequence[int]):
         super().__init__()
         self.across = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(maps, mixed, strict=True))
-        self.down = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in itertools.pairwise(mixed))
+        self.down = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(mixed))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
@@ -172,19 +181,15 @@ class _Mixing(nn.Module):
 class _Head(nn.Module):
     """Halves a map until its side is 8 or less; logits (B, positions)."""
 
-    def __init__(self, channels: int, width: int = 64):
+    def __init__(self, channels: int, side: int, width: int = 64):
         super().__init__()
-        self.first = spectral_norm(nn.Conv2d(channels, width, 1))
-        self.halvings = nn.ModuleList(
-            nn.Sequential(spectral_norm(nn.Conv2d(width, width, 4, 2, 1)), nn.BatchNorm2d(width), nn.LeakyReLU(0.2))
-            for _ in range(4)
-        )
-        self.last = spectral_norm(nn.Conv2d(width, 1, 4))
+        layers: list[nn.Module] = [spectral_norm(nn.Conv2d(channels, width, 1))]
+        while side > 8:
+            halving = spectral_norm(nn.Conv2d(width, width, 4, 2, 1))
+            layers += [halving, nn.BatchNorm2d(width), nn.LeakyReLU(0.2)]
+            side //= 2
+        self.layers = nn.Sequential(*layers)
+        self.last = spectral_norm(nn.Conv2d(width, 1, min(4, side)))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.first(x)
-        halvings = max(0, math.ceil(math.log2(max(h.shape[2:]) / 8)))
-        for layer in list(self.halvings)[:halvings]:
-            h = layer(h)
-        short = [max(0, 4 - size) for size in h.shape[2:]]
-        return self.last(F.pad(h, (0, short[1], 0, short[0]))).flatten(1)
+        return self.last(self.layers(x)).flatten(1)

@@ -15,7 +15,7 @@ def write_card(run: Run, result: TrainResult, *, notes: str = "") -> Path:
     flow, network, loop = config["task"]["flow"], config["task"]["network"], config["loop"]
     provenance = flow["provenance"]
     noted = provenance["notes"]
-    steps = noted.get("steps", noted.get("sampling_steps", 1 if provenance["rectified"] else 50))
+    steps = noted.get("steps", noted.get("sampling_steps", 1 if provenance["rectified"] or "head" in flow else 50))
     verb = "invert" if provenance["notes"].get("direction") else "sample"
     lines = [
         f"# {run.folder.name}",
@@ -26,6 +26,7 @@ def write_card(run: Run, result: TrainResult, *, notes: str = "") -> Path:
         "|---|---|",
         f"| data | {provenance['data'] or config['data'].get('name', '')} |",
         f"| path, prediction | {path_in_words(flow['path'])}, {fields_in_words(flow['predicts'])} |",
+        *([f"| head | {_settings(flow['head'])} |"] if "head" in flow else []),
         f"| network | {_settings(network)} |",
         f"| coupling | {provenance['coupling']}, rectified {provenance['rectified']}x |",
         f"| training | {result.iteration:,} iterations of batch {loop['batch']}, seed {loop['seed']}, {loop['precision']}, "

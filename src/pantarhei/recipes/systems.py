@@ -20,9 +20,9 @@ SYSTEMS = (
     System(
         "rectified-diffusion",
         "Straightness Is Not Your Need in Rectified Flow, 2410.07303",
-        "complete but for consistency distillation",
+        "complete",
     ),
-    System("consistency-trajectory-models", "Consistency Trajectory Models, 2310.02279"),
+    System("consistency-trajectory-models", "Consistency Trajectory Models, 2310.02279", "complete"),
     System("stochastic-interpolants", "Stochastic Interpolants, 2303.08797", "complete"),
     System("adjoint-dpm", "AdjointDPM, 2307.10711"),
     System("mmdit", "Scaling Rectified Flow Transformers, 2403.03206"),

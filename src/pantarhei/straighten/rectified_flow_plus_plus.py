@@ -104,7 +104,8 @@ def name_of(metric: Premetric) -> str:
     if metric is squared:
         return "squared"
     if isinstance(metric, PseudoHuber):
-        return f"pseudo-Huber, c = {metric.c:g}{' elementwise' if metric.elementwise else ' D'}"
+        unit = " elementwise" if metric.elementwise else " sqrt(D)" if metric.root else " D"
+        return f"pseudo-Huber, c = {metric.c:g}{unit}"
     return str(getattr(metric, "name", getattr(metric, "__name__", type(metric).__name__)))
 
 

@@ -144,8 +144,14 @@ def trajectory_task(
     alone = without_teacher or kind in ("ct", "ict")
     if kind == "cd" and without_teacher:
         raise ValueError("without_teacher: consistency distillation has one; without a teacher take 'ct' or 'ict'")
-    if kind not in ("ctm", "meanflow") and adversarial is None and denoising not in (0, 1.0):
-        raise ValueError(f"denoising: goes with 'ctm', a consistency model has no field ({kind})")
+    if denoising < 0:
+        raise ValueError(f"denoising: a weight must not be negative, got {denoising:g}")
+    if kind != "ctm" and denoising not in (0, 1.0):
+        raise ValueError(f"denoising: goes with 'ctm', '{kind}' has no such term")
+    if kind == "meanflow" and adversarial is not None:
+        raise ValueError("adversarial: mean velocities land nowhere while they learn; it goes with the other kinds")
+    if guidance != 1.0 and alone and kind != "meanflow":
+        raise ValueError(f"guidance: is that of a teacher, which {kind} has not here; got {guidance:g}")
     metric = metric or PseudoHuber(root=True)
     notes: dict[str, Any] = {"method": kind}
     if guidance != 1.0:
@@ -188,9 +194,9 @@ def trajectory_task(
     if isinstance(times, JumpTimes):
         law = times
     elif kind == "ctm":
-        law = jump_times(student, times or 18, span=span, longest=longest, per_row=per_row)
+        law = jump_times(student, 18 if times is None else times, span=span, longest=longest, per_row=per_row)
     elif kind == "cd":
-        law = jump_times(student, times or 18, span="local", to_end=True)
+        law = jump_times(student, 18 if times is None else times, span="local", to_end=True)
     else:
         law = Curriculum(student, kind, iterations) if times is None else _local(student, kind, times)
     return TrajectoryTask(

@@ -20,7 +20,7 @@ from pantarhei.straighten.adversarial import Adversarial, discriminator_loss, ge
 from pantarhei.straighten.jump_times import JumpTimes
 from pantarhei.straighten.trajectory_matching import Compared, TrajectoryMatching
 from pantarhei.training import FlowTask, Optimization
-from pantarhei.training.task import Trained, Update, held, unwrapped
+from pantarhei.training.task import Trained, Update, held, slope, unwrapped
 
 LARGEST, SMALLEST = 1e4, 1e-4  # of an adaptive weight, and what is added to the norm it is divided by
 
@@ -108,10 +108,10 @@ class TrajectoryTask(FlowTask):
         distance = self.matching.loss(model, draw, compared).mean()
         playing = self.adversarial is not None and self.iteration >= self.adversarial.after
         # The gradient of the landing once: the graph through the average's jump is left before the student's is walked.
-        slope = _slope(distance, compared.landing, keep=playing)
-        total = _carried(distance, slope, compared.landing)
+        along = slope(distance, compared.landing, keep=playing)
+        total = _carried(distance, along, compared.landing)
         log: dict[str, Any] = {"loss": distance.detach()}
-        norm = self._norm(total) if self.adaptive else None
+        norm = self._norm(total) if self.adaptive and (self.denoising is not None or playing) else None
         if self.denoising is not None:
             term, _ = self.denoising(model, batch, generator)
             weight = self._weight(norm, term)
@@ -131,7 +131,7 @@ class TrajectoryTask(FlowTask):
         assert self.adversarial is not None
         with held(self.discriminator) as judge:
             term = generator_loss(judge(self.adversarial.shown(compared.estimate, generator)))
-        return _carried(term, _slope(term, compared.landing), compared.landing)
+        return _carried(term, slope(term, compared.landing, keep=False), compared.landing)
 
     def _judged(self, fake: Tensor, real: Tensor, generator: torch.Generator) -> Update:
         """The discriminator's update."""
@@ -143,7 +143,12 @@ class TrajectoryTask(FlowTask):
         return Update(loss, "discriminator", log)
 
     def _norm(self, term: Tensor) -> Tensor:
-        return slope_norm(term, last_layer(unwrapped(self.flow.network)))
+        layer = last_layer(unwrapped(self.flow.network))
+        if hasattr(layer, "to_local"):  # its shards are not what the graph was made with
+            raise ValueError(
+                "adaptive: weights of terms need whole layers, which fsdp has not; turn it off, or take ddp"
+            )
+        return slope_norm(term, layer)
 
     def _weight(
         self, norm: Tensor | None, term: Tensor, limits: tuple[float, float] = (0.0, LARGEST)
@@ -165,7 +170,8 @@ class TrajectoryTask(FlowTask):
             return None
         model = self._average_model()
         if self._truth is None:
-            self._truth = _teacher_samples(self.teacher, self.matching.guidance, self.held_out or self.data)
+            data = self.held_out or self.data
+            self._truth = _teacher_samples(self.teacher, self.matching.guidance, data, model.dtype)
         x0, x1, condition = self._truth
         with evaluation_mode(model.network):
             parts = [
@@ -181,7 +187,7 @@ class TrajectoryTask(FlowTask):
 
 def slope_norm(term: Tensor, layer: Tensor) -> Tensor:
     """Norm of a term's gradient with respect to a layer's weight, 0-d; the graph is kept."""
-    return torch.autograd.grad(term, layer, retain_graph=True)[0].norm()
+    return slope(term, layer).norm()
 
 
 def adaptive_weight(norm: Tensor, other: Tensor, limits: tuple[float, float] = (0.0, LARGEST)) -> Tensor:
@@ -197,9 +203,10 @@ class Truth(NamedTuple):
     condition: Condition | None
 
 
-def _teacher_samples(teacher: Flow, guidance: float, data: Any, count: int = 256) -> Truth:
+def _teacher_samples(teacher: Flow, guidance: float, data: Any, dtype: torch.dtype, count: int = 256) -> Truth:
+    """In the student's precision, in which the teacher is asked while it trains, too."""
     rows = torch.arange(count) % len(data)
-    x0 = numbered_noise(0, range(count), teacher.shape or (), salt=22).to(teacher.device, teacher.dtype)
+    x0 = numbered_noise(0, range(count), teacher.shape or (), salt=22).to(teacher.device, dtype)
     condition = None
     if teacher.conditions:
         batch = data.fetch(rows)
@@ -211,13 +218,9 @@ def _teacher_samples(teacher: Flow, guidance: float, data: Any, count: int = 256
     return Truth(x0, x1, condition)
 
 
-def _slope(term: Tensor, landing: Tensor, keep: bool = False) -> Tensor:
-    return torch.autograd.grad(term, landing, retain_graph=keep)[0]
-
-
-def _carried(term: Tensor, slope: Tensor, landing: Tensor) -> Tensor:
-    """A number of the term's value with its gradient, which is that of <slope, landing>."""
-    product = (slope * landing).sum()
+def _carried(term: Tensor, along: Tensor, landing: Tensor) -> Tensor:
+    """A number of the term's value with its gradient, which is that of <along, landing>."""
+    product = (along * landing).sum()
     return term.detach() + product - product.detach()
 
 

@@ -194,6 +194,27 @@ def held(network: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(flag)
 
 
+def slope(term: Tensor, of: Tensor, *, keep: bool = True) -> Tensor:
+    """The gradient of a term with respect to one tensor, within an update (for weights and penalties).
+
+    Under mixed precision Lightning Fabric refuses every backward pass through a wrapped network that is not its own; this
+    one steps nothing and needs nothing of it.
+
+    Args:
+        term: a 0-d loss.
+        of: what it depends on.
+        keep: keep the graph.
+    """
+    from lightning_fabric import wrappers
+
+    before = wrappers._in_fabric_backward
+    wrappers._in_fabric_backward = True
+    try:
+        return torch.autograd.grad(term, of, retain_graph=keep)[0]
+    finally:
+        wrappers._in_fabric_backward = before
+
+
 def unwrapped(network: nn.Module) -> nn.Module:
     """The user's module inside what the training loop wrapped it in."""
     from lightning_fabric.wrappers import _FabricModule
