@@ -248,7 +248,7 @@ def test_mistakes_of_sampling_are_one_line(teacher, plain, students, tmp_path, c
     cd, ctm = students("cd"), students("ctm")
     refused(capsys, "--gamma: is for the jumps of trajectory models", "sample", teacher, *out, "--gamma", 0.5)
     refused(capsys, "gamma: must lie in [0, 1], got 2", "sample", ctm, *out, "--steps", 2, "--gamma", 2)
-    refused(capsys, "go with jumps, not with method 'heun'", "sample", ctm, *out, "--method", "heun", "--gamma", 0.5)
+    refused(capsys, "goes with jumps, not with method 'heun'", "sample", ctm, *out, "--method", "heun", "--gamma", 0.5)
     refused(capsys, "--gamma", "sample", ctm, *out, "--sde", "--gamma", 0.5)
     refused(capsys, "final: the last jump is the sample", "sample", ctm, *out, "--final", "denoise")
     refused(capsys, "not their velocity", "sample", cd, *out, "--method", "heun")

@@ -262,7 +262,7 @@ def test_a_consistency_model_has_no_field():
     for options in ({"method": "heun"}, {"epsilon": 0.5}):
         with pytest.raises(ValueError, match="not their velocity"):
             model.sample(2, **options)
-    with pytest.raises(ValueError, match="a consistency model jumps to the end"):
+    with pytest.raises(ValueError, match="a consistency model always jumps to the end"):
         model.sample(2, steps=3, gamma=0.5)
 
 
@@ -480,8 +480,8 @@ def test_other_methods_integrate_the_score():
         ({"count": 2, "steps": (0.0, 0.6, 0.4)}, "steps: two or more rising times"),
         ({"count": 2, "steps": (0.3, 1.0)}, "steps: "),
         ({"count": 2, "steps": 2, "gamma": 2.0}, r"gamma: must lie in \[0, 1\]"),
-        ({"count": 2, "method": "heun", "gamma": 0.5}, "go with jumps, not with method 'heun'"),
-        ({"count": 2, "method": "heun", "moves": [Move(1.0, 1.0)]}, "go with jumps"),
+        ({"count": 2, "method": "heun", "gamma": 0.5}, "goes with jumps, not with method 'heun'"),
+        ({"count": 2, "method": "heun", "moves": [Move(1.0, 1.0)]}, "goes with jumps"),
         ({"count": 2, "final": "denoise"}, "final: the last jump is the sample"),
         ({"count": 2, "transforms": ()}, "transforms: jumps do not take it"),
         ({"count": 2, "moves": [Move(0.5, 0.5), Move(0.2, 0.2)]}, "s: jumps lead towards the data"),

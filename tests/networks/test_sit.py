@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from pantarhei.flow.conditions import Condition
 from pantarhei.flow.transforms import Guidance
 from pantarhei.networks import SiT, SiTConfig, build, spec_of
-from pantarhei.networks.sit import PATCHES, SIZES, attend
+from pantarhei.networks.attention import attend
+from pantarhei.networks.sit import PATCHES, SIZES
 
 TINY = {"size": 6, "patch": 2, "channels": 3, "width": 24, "depth": 2, "heads": 3}
 

@@ -35,6 +35,9 @@ TRAINED = {
     "rectified flow++",
     "rectified diffusion",
     "phased (4)",
+    "consistency distillation",
+    "consistency trajectory",
+    "mean velocity",
     "distilled to 1 step",
 }
 
@@ -227,7 +230,7 @@ def test_another_teacher_is_refused(finished, teacher, reference):
         ({"count": 5}, "count: at least 10 samples are needed, got 5"),
         ({"evaluations": ()}, "evaluations: every number must be at least 1"),
         ({"evaluations": (0, 2)}, r"evaluations: every number must be at least 1, got \[0, 2\]"),
-        ({"methods": ("consistency",)}, "'consistency' is none of rectified flow"),
+        ({"methods": ("adversarial",)}, "'adversarial' is none of rectified flow"),
     ],
 )
 def test_arguments_that_cannot_be(teacher, reference, tmp_path, options, message):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from parity import Golden
 from torch import Tensor, nn
 
 from pantarhei.flow import Churn, Flow, FlowMatching, TrajectoryModel, churned_sample, gamma_moves, make_grid
@@ -11,6 +10,7 @@ from pantarhei.flow.paths import EDM
 from pantarhei.straighten import TrajectoryMatching, jump_times
 from pantarhei.straighten.adversarial import discriminator_loss, generator_loss
 from pantarhei.straighten.trajectory_task import adaptive_weight, slope_norm
+from parity import Golden
 
 pytestmark = pytest.mark.parity
 SYSTEM = "consistency-trajectory-models"
@@ -113,7 +113,9 @@ def test_training_terms() -> None:
     rows = matching.loss(student, draw, compared)
     golden.check("out.l2_loss", rows)
     layer = getattr(student.network, config["adaptive_layer"])
-    golden.check(f"out.grad_{config['adaptive_layer']}_of_l2", torch.autograd.grad(rows.mean(), layer, retain_graph=True)[0])
+    golden.check(
+        f"out.grad_{config['adaptive_layer']}_of_l2", torch.autograd.grad(rows.mean(), layer, retain_graph=True)[0]
+    )
     for name in config["weightings"]:
         weighted = TrajectoryMatching(teacher=teacher, weight=WEIGHTS.get(name, name))
         golden.check(f"out.weight.{name}", weighted.row_weights(student, draw))

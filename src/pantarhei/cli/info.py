@@ -144,6 +144,7 @@ def _flow(path: Path) -> list[tuple[str, Any]]:
         ("conditions", ", ".join(flow.conditions) or "none"),
         ("coupling", f"{provenance.coupling}, rectified {provenance.rectified}x"),
         ("teacher", provenance.teacher or "none"),
+        *([("method", provenance.notes["method"])] if "method" in provenance.notes else []),
         ("score, SDE", _score(flow)),
     ]
 

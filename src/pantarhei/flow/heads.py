@@ -67,7 +67,9 @@ class CTM(Head):
         Raises:
             ValueError: an outer form other than "euler" without EDM's preconditioning.
         """
-        if self.outer == "euler" or isinstance(prediction, OuterVariance):
+        if isinstance(prediction, OuterVariance):  # of another outer form, perhaps
+            prediction = EDMPreconditioned(prediction.margin, prediction.sigma_data, prediction.largest)
+        if self.outer == "euler":
             return prediction
         if type(prediction) is not EDMPreconditioned:
             raise ValueError(f"outer: {self.outer!r} needs predicts='edm', got {prediction.spec()['name']!r}")

@@ -217,14 +217,7 @@ class TrajectoryModel(Flow):
         x0: Tensor | None = None,
         condition: ConditionLike = None,
         generator: torch.Generator | None = None,
-        steps: int | Grid | None = 1,
-        gamma: float | None = None,
-        moves: Sequence[Move] | None = None,
-        noise: Callable[[int, Tensor], Tensor] | None = None,
         method: str = "auto",
-        grid: GridName | Callable[[float], float] | None = None,
-        guidance: float | Guidance = 1.0,
-        control: Callable[[Tensor, float, int], Tensor] | None = None,
         decode: bool = True,
         **options: Any,
     ) -> Tensor:
@@ -232,69 +225,71 @@ class TrajectoryModel(Flow):
 
         Args:
             count, x0, condition, generator, decode: as of any flow.
-            steps: number of jumps, or the times from the first to the last.
-            gamma: share of noise after each jump but the last: 0 jumps from time to time, without any noise; 1 always to the
-                end and back, as consistency models are sampled, and their only way. By default 0 where the head allows it.
-            moves: the jumps themselves, instead of steps, grid and gamma.
-            noise: gives the noise after jumps instead of `generator`, see `jumps`.
             method: "auto" or "jump"; any other is a method of `Flow.sample` for the velocity at s = t, which a consistency
                 model has not.
-            grid: spacing of the times, see `make_grid`; of jumps "edm" by default.
-            guidance: classifier-free guidance.
-            control: see `jumps`.
-            options: of other methods, see `Flow.sample`; `epsilon` makes it the SDE.
+            options: of other methods, see `Flow.sample`, where `epsilon` makes it the SDE; of jumps, see `plan` (steps,
+                gamma, moves, grid, shift) and `jumps` (guidance, noise, control).
 
         Returns:
             (B, *shape), or the codec's output shape.
         """
+        common: dict[str, Any] = {"x0": x0, "condition": condition, "generator": generator}
         if not self.jumps_with(method, **options):
-            if gamma is not None or moves is not None or control is not None:
-                raise ValueError(f"gamma, moves, control: go with jumps, not with method {method!r}")
+            left = [name for name in ("gamma", "moves", "control") if options.get(name) is not None]
+            if left:
+                raise ValueError(f"{left[0]}: goes with jumps, not with method {method!r}")
+            options = {name: value for name, value in options.items() if name not in ("gamma", "moves", "control")}
+            self.require_ode()
             method = "auto" if method == "jump" else method
-            if noise is not None:
-                options["noise"] = noise
-            options |= {
-                "steps": steps,
-                "method": method,
-                "grid": grid or "uniform",
-                "guidance": guidance,
-                "decode": decode,
-            }
-            if not self.head.anywhere:
-                self.require_ode()
-            return super().sample(count, x0=x0, condition=condition, generator=generator, **options)
-        if options.get("final", "auto") not in ("auto", "state"):
+            return super().sample(count, method=method, decode=decode, **common, **options)
+        if options.pop("final", "auto") not in ("auto", "state"):
             raise ValueError("final: the last jump is the sample; only methods of the ODE end otherwise")
-        left = sorted(set(options) - {"final", "shift", "epsilon"})
+        options.pop("epsilon", None)
+        how = {name: options.pop(name) for name in ("guidance", "noise", "control") if name in options}
+        left = sorted(set(options) - {"steps", "gamma", "moves", "grid", "shift"})
         if left:
             raise ValueError(f"{left[0]}: jumps do not take it; methods of the ODE do, such as method='heun'")
-        if steps is None:
-            raise ValueError("steps: jumps have no error control; give a number")
         if x0 is None:
             x0 = self.draw(count, condition, generator)
         elif count is not None and count != x0.shape[0]:
             raise ValueError(f"count: {count} samples asked, but x0 has {x0.shape[0]} rows")
-        if moves is None:
-            nodes = (
-                self._grid(steps, self.interval, grid or "edm", options.get("shift", 1.0))
-                if isinstance(steps, int)
-                else steps
-            )
-            if abs(nodes[0] - self.interval[0]) > 1e-6:
-                raise ValueError(
-                    f"steps: the grid must begin at the first time, {self.interval[0]:g}, got {nodes[0]:g}"
-                )
-            if gamma is None:
-                gamma = 0.0 if self.head.anywhere else 1.0
-            moves = gamma_moves(self.path, nodes, gamma)
+        moves = self.plan(**options)
         with evaluation_mode(self.network):
-            x = self.jumps(
-                self.first_sigma * x0,
-                moves,
-                condition=condition,
-                guidance=guidance,
-                generator=generator,
-                noise=noise,
-                control=control,
-            )
+            x = self.jumps(self.first_sigma * x0, moves, condition=condition, generator=generator, **how)
         return self.decode(x) if decode else x
+
+    def plan(
+        self,
+        steps: int | Grid = 1,
+        gamma: float | None = None,
+        *,
+        moves: Sequence[Move] | None = None,
+        grid: GridName | Callable[[float], float] = "edm",
+        shift: float = 1.0,
+    ) -> list[Move]:
+        """The moves of a sampler.
+
+        Args:
+            steps: number of jumps, or the times from the first to the last.
+            gamma: share of noise after each jump but the last: 0 jumps from time to time, without any noise; 1 always to the
+                end and back, as consistency models are sampled, and their only way. By default 0 where the head allows it.
+            moves: the moves themselves, instead of all else.
+            grid, shift: spacing of the times, see `make_grid`.
+
+        Raises:
+            ValueError: settings that do not go together, or times that do not begin at the first one.
+        """
+        if moves is not None:
+            if steps != 1 or gamma is not None:
+                raise ValueError("moves: say all; leave steps and gamma out")
+            return list(moves)
+        if steps is None:
+            raise ValueError("steps: jumps have no error control; give a number")
+        if gamma is None:
+            gamma = 0.0 if self.head.anywhere else 1.0
+        nodes = self._grid(steps, self.interval, grid, shift) if isinstance(steps, int) else tuple(steps)
+        if abs(nodes[0] - self.interval[0]) > 1e-6:
+            raise ValueError(f"steps: the grid must begin at the first time, {self.interval[0]:g}, got {nodes[0]:g}")
+        if gamma != 1.0 and len(nodes) > 2 and not self.head.anywhere:
+            raise ValueError(f"gamma: a consistency model always jumps to the end, gamma = 1, got {gamma:g}")
+        return gamma_moves(self.path, nodes, gamma)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pantarhei.networks.attention import attend
 from pantarhei.networks.ncsnpp import Dropout, pointwise
 from pantarhei.networks.resampling import Resample, check_taps
-from pantarhei.networks.sit import attend
 
 Direction = Literal["up", "down"]
 _REPEATED = Resample("up")  # of two equal taps: nothing is stored in it

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pantarhei.networks.attention import attend
 from pantarhei.networks.embeddings import check_second_time, sinusoids
 from pantarhei.networks.resampling import Resample, check_taps
 
@@ -148,7 +149,7 @@ class Attention(nn.Module):
         bq, _, bv = self.qkv.bias.chunk(3)
         asked = pointwise(h, (wk.t() @ wq)[:, :, None, None], bq @ wk)
         query, key = (part.permute(0, 2, 3, 1).reshape(b, 1, height * width, c) for part in (asked, h))
-        mixed = F.scaled_dot_product_attention(query, key, key).reshape(b, height, width, c).permute(0, 3, 1, 2)
+        mixed = attend(query, key, key).reshape(b, height, width, c).permute(0, 3, 1, 2)
         mixed = mixed.contiguous() if x.is_contiguous() else mixed  # in the layout that the rest of the network has
         h = pointwise(mixed, (wo @ wv)[:, :, None, None], self.out.bias + wo @ bv)
         return h.add_(x).mul_(self.scale)

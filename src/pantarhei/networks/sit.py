@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from pantarhei.naming import unknown
+from pantarhei.networks.attention import attend
 from pantarhei.networks.embeddings import check_second_time
 
 # Depth, width, heads of the published sizes.
@@ -263,15 +263,6 @@ class SiT(nn.Module):
         for name, parameter in self.named_parameters():
             if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention, (B, heads, tokens, features) each, fused where that is possible."""
-    # The fused kernels have neither a forward-mode derivative nor a batching rule (torch 2.13).
-    transformed = not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(q)
-    if transformed or forward_ad.unpack_dual(q).tangent is not None:
-        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pantarhei.networks.attention import attend
 from pantarhei.networks.embeddings import TimeEmbedding, check_second_time
 
 
@@ -108,7 +109,7 @@ class Attention(nn.Module):
             part.reshape(b, self.heads, c // self.heads, height * width).transpose(-1, -2)
             for part in self.qkv(self.norm(x)).chunk(3, dim=1)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = attend(q, k, v)
         return x + self.out(mixed.transpose(-1, -2).reshape(b, c, height, width))
 
 

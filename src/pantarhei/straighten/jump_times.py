@@ -151,8 +151,12 @@ def jump_times(
     count: int = 18,
     *,
     grid: GridName = "edm",
+    span: Span = "soft",
+    longest: int | None = None,
+    favour_long: bool = True,
+    per_row: bool = False,
+    to_end: bool = False,
     normal: tuple[float, float] | None = None,
-    **settings: object,
 ) -> JumpTimes:
     """The law on a flow's own grid.
 
@@ -160,13 +164,16 @@ def jump_times(
         flow: on an affine path.
         count: N, number of times; 18 and 40 in the paper.
         grid: their spacing, EDM's by default.
-        normal, settings: see `JumpTimes`.
+        span, longest, favour_long, per_row, to_end, normal: see `JumpTimes`.
+
+    Raises:
+        ValueError: fewer than 2 times, or settings that do not fit them.
     """
     if count < 2:
         raise ValueError(f"grid: at least 2 times are needed, got {count}")
     nodes = make_grid(count - 1, flow.interval, kind=grid, path=flow.path)
     levels = tuple(noise_levels(flow.path, nodes)) if normal is not None else ()
-    return JumpTimes(nodes, normal=normal, levels=levels, **settings)  # type: ignore[arg-type]
+    return JumpTimes(nodes, span, longest, favour_long, per_row, to_end, normal=normal, levels=levels)
 
 
 def noise_levels(path: AffinePath, times: Grid) -> list[float]:

@@ -14,7 +14,7 @@ from pantarhei.flow.couplings import Independent
 from pantarhei.flow.estimates import Estimates
 from pantarhei.flow.heads import MeanVelocity
 from pantarhei.flow.objectives import draw_pairs, draw_times, drop_conditions
-from pantarhei.flow.times import LogitNormal, TimeLaw
+from pantarhei.flow.times import TimeLaw, Uniform
 from pantarhei.flow.trajectory import TrajectoryModel
 from pantarhei.solve.state import per_row
 from pantarhei.training.task import unwrapped
@@ -33,7 +33,7 @@ class MeanFlow:
         guidance: of the teacher; without one v becomes g v + (1 - g) u(x_t, t, t) with no condition (its equation 21), but
             for rows whose condition is dropped.
         share: of rows with s > t; the others learn the velocity.
-        times: law of both times, of which the earlier one is t.
+        times: law of both times, of which the earlier one is t; the paper has LogitNormal(0.4, 1) for ImageNet.
         power, constant: p and c; the paper has p = 0.75 for CIFAR-10 and 1 for ImageNet.
         dropout: how often a condition is dropped.
     """
@@ -41,7 +41,7 @@ class MeanFlow:
     teacher: Flow | None = None
     guidance: float = 1.0
     share: float = 0.75
-    times: TimeLaw = field(default_factory=lambda: LogitNormal(0.4, 1.0))
+    times: TimeLaw = field(default_factory=Uniform)
     power: float = 0.75
     constant: float = 1e-3
     dropout: float = 0.0
@@ -107,7 +107,10 @@ def _slope(
 
     What wraps the network for several devices has no forward mode, so the network itself is asked.
     """
-    plain: Any = flow.like(unwrapped(flow.network))
+    network = unwrapped(flow.network)
+    if any(p.ndim == 4 and not p.is_contiguous() for p in network.parameters()):
+        raise ValueError("channels_last: group norms have no forward mode in it; train mean velocities without")
+    plain: Any = flow.like(network)
     tangents = (velocity, torch.ones_like(t), torch.zeros_like(s))
     moved: Any = torch.func.jvp(_mean_velocity(plain, condition), (x, t, s), tangents)
     return moved[1]

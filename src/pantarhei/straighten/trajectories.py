@@ -152,6 +152,12 @@ def trajectory_task(
         raise ValueError("adversarial: mean velocities land nowhere while they learn; it goes with the other kinds")
     if guidance != 1.0 and alone and kind != "meanflow":
         raise ValueError(f"guidance: is that of a teacher, which {kind} has not here; got {guidance:g}")
+    drawn = isinstance(times, JumpTimes)
+    of_ctm = {"outer": outer != "euler", "waypoint": waypoint is not None and not alone}
+    of_ctm |= {"span": span != "soft", "longest": longest is not None, "per_row": per_row}
+    for name, given in of_ctm.items():
+        if given and (kind != "ctm" or (drawn and name not in ("outer", "waypoint"))):
+            raise ValueError(f"{name}: goes with kind='ctm'{' and its own times' if drawn else ''}, got kind={kind!r}")
     metric = metric or PseudoHuber(root=True)
     notes: dict[str, Any] = {"method": kind}
     if guidance != 1.0:

@@ -163,8 +163,8 @@ def level_at(path: AffinePath, t: Tensor) -> Tensor:
 
 
 def _dropout_state(network: nn.Module, device: torch.device) -> Tensor | None:
-    """The state of the generator that dropout draws from, where there is any."""
-    if not network.training or not any(getattr(m, "p", 0) and "Dropout" in type(m).__name__ for m in network.modules()):
+    """The state of the generator that dropout, of features and of labels, draws from; None where nothing is dropped."""
+    if not network.training:
         return None
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 

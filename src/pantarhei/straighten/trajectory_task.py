@@ -82,7 +82,7 @@ class TrajectoryTask(FlowTask):
         self._times = times
         self.teacher = matching.teacher  # a submodule, so that it moves to the device
         if adversarial is not None:
-            self.discriminator = adversarial.discriminator.requires_grad_(True)
+            self.discriminator = adversarial.discriminator
             self.groups = {**self.groups, "discriminator": Trained(("discriminator",), adversarial.optimization)}
         check_pairs_where_needed(matching.teacher, self.data)
         self._truth: tuple[Tensor, Tensor, Condition | None] | None = None
