@@ -254,5 +254,5 @@ def test_mistakes_of_sampling_are_one_line(teacher, plain, students, tmp_path, c
     refused(capsys, "not their velocity", "sample", cd, *out, "--method", "heun")
     refused(capsys, "not their velocity", "sample", cd, *out, "--sde")
     refused(capsys, "not their velocity", "invert", cd, *out)
-    refused(capsys, "jumps to the end, s = 1, only", "sample", cd, *out, "--steps", 3, "--gamma", 0.5)
+    refused(capsys, "always jumps to the end, gamma = 1", "sample", cd, *out, "--steps", 3, "--gamma", 0.5)
     refused(capsys, "gamma", "evaluate", plain, "--gamma", 0.5, "--steps", 1, "--count", 20)
