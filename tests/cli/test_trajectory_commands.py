@@ -159,7 +159,7 @@ def test_a_discriminator_and_all_the_options(folder, teacher, capsys):
     assert ["discriminator/discriminator" in line for line in lines if "lr" in line] == [False, True, True]
     model = pr.load(out)
     assert model.head == CTM("variance")
-    assert model.provenance.notes["guidance_built_in"] == 1.5
+    assert model.provenance.notes["guidance_of_teacher"] == 1.5
     assert "gradient pyramid" in model.provenance.notes["metric"]
     assert run("sample", out, "--out", out / "s", "--count", 4) == 0
     # A second phase goes on from the first.
@@ -203,7 +203,7 @@ def test_a_small_comparison(plain, tmp_path, capsys, monkeypatch):
     assert "best with 1 evaluations" in said(capsys)
     found = json.loads((tmp_path / "comparison.json").read_text())
     rows = [(row["arm"], row["asked"]) for row in found["rows"] if row["sampler"] == "jump"]
-    arms = ("consistency distillation", "consistency trajectory")
+    arms = ("consistency distillation", "consistency trajectory", "consistency training")
     assert rows == [(arm, number) for arm in arms for number in (1, 2)]
     assert all(row["evaluations"] == row["asked"] for row in found["rows"] if row["sampler"] == "jump")
     assert found["about"]["pairs"] == 0

@@ -372,10 +372,11 @@ def test_a_sample_is_its_jumps():
         assert torch.equal(model.sample(x0=x0, steps=steps), x.detach())
     assert torch.equal(model.sample(x0=x0, moves=[Move(t, t) for t in grid[1:]]), x.detach())
     assert torch.equal(model.sample(x0=x0, steps=3, grid="uniform"), model.sample(x0=x0, steps=(0, 1 / 3, 2 / 3, 1.0)))
-    # EDM's grid is the default on every path: levels from 80 to 0.002.
+    # EDM's grid is the default on all paths but the linear one: levels from 80 to 0.002.
+    assert [move.to for move in small().plan(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     linear = small()
     seen = []
-    linear.sample(x0=x0, steps=3, control=lambda x, t, number: (seen.append((t, number)), x)[1])
+    linear.sample(x0=x0, steps=3, grid="edm", control=lambda x, t, number: (seen.append((t, number)), x)[1])
     levels = [(1 - t) / t for t, _ in seen[:-1]]
     root = 80 ** (1 / 7), 0.002 ** (1 / 7)
     assert levels == pytest.approx([(root[0] + (root[1] - root[0]) * i / 3) ** 7 for i in (1, 2)], rel=1e-6)
@@ -477,7 +478,7 @@ def test_other_methods_integrate_the_score():
         ({}, "count: at least one sample"),
         ({"count": 2, "steps": 0}, "steps: "),
         ({"count": 2, "steps": None}, "steps: jumps have no error control"),
-        ({"count": 2, "steps": (0.0, 0.6, 0.4)}, "steps: two or more rising times"),
+        ({"count": 2, "steps": (0.0, 0.6, 0.4, 1.0)}, "steps: two or more rising times"),
         ({"count": 2, "steps": (0.3, 1.0)}, "steps: "),
         ({"count": 2, "steps": 2, "gamma": 2.0}, r"gamma: must lie in \[0, 1\]"),
         ({"count": 2, "method": "heun", "gamma": 0.5}, "goes with jumps, not with method 'heun'"),

@@ -123,27 +123,32 @@ def test_the_projected_discriminator():
     plain = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
     judge.eval()
     assert torch.equal(judge(small), judge(plain))
-    # Only so many maps as are mixed are looked at.
-    assert projected(scales=1)(x).shape == (3, 25)
+    # Only so many maps as are mixed are looked at, the coarsest.
+    assert projected(scales=1)(x).shape == (3, 1)
+    # Grey images are shown as colours; features are no part of the state.
+    assert torch.equal(judge(x[:, :1]), judge(x[:, :1].expand(-1, 3, -1, -1)))
+    assert not any("features" in name for name in judge.state_dict())
+    assert projected().double().features[0].first.weight.dtype == torch.float64
     assert projected(side=64)(x).shape == (3, 25 + 25 + 25)  # sides 32, 16 and 8, halved to 8 each
 
 
 def test_features_and_their_mixing_are_frozen():
     judge = projected().train()
-    assert not judge.features.training
+    (features,) = judge.features
+    assert not features.training
     assert judge.heads.training
-    frozen = [*judge.features.parameters(), *judge.mixing.parameters()]
+    frozen = [*features.parameters(), *judge.mixing.parameters()]
     assert not any(p.requires_grad for p in frozen)
     judge.requires_grad_(True)
     assert not any(p.requires_grad for p in frozen)
     assert all(p.requires_grad for p in judge.heads.parameters())
     x = normal(2, 3, 32, 32).requires_grad_(True)
-    before = copy.deepcopy(judge.features.state_dict()), copy.deepcopy(judge.mixing.state_dict())
+    before = copy.deepcopy(features.state_dict()), copy.deepcopy(judge.mixing.state_dict())
     judge(x).sum().backward()
     assert float(x.grad.abs().max()) > 0  # the student learns through them
     assert all(p.grad is None for p in frozen)
     assert all(p.grad is not None for p in judge.heads.parameters())
-    for module, state in zip((judge.features, judge.mixing), before, strict=True):
+    for module, state in zip((features, judge.mixing), before, strict=True):
         assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     # Not even the running means of the feature networks' own normalisation move, nor does dropout act.
     maps = judge.features[0](x)

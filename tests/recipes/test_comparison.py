@@ -37,6 +37,7 @@ TRAINED = {
     "phased (4)",
     "consistency distillation",
     "consistency trajectory",
+    "consistency training",
     "mean velocity",
     "distilled to 1 step",
 }

@@ -641,7 +641,7 @@ def test_what_a_student_keeps_of_its_teacher():
     kept = task.result().provenance
     assert (kept.data, kept.teacher, kept.rectified) == ("moons", "somebody", 0)
     assert kept.notes["licence"] == "mit"
-    assert kept.notes["guidance_built_in"] == 2.0
+    assert kept.notes["guidance_of_teacher"] == 2.0
     assert kept.notes["method"] == "ctm"
     assert "steps" not in kept.notes
     assert "sqrt(D)" in kept.notes["metric"]

@@ -11,9 +11,9 @@ import tyro
 from pantarhei.cli.teachers import Learning, Student, say_gaps, train_student
 from pantarhei.cli.train import Keeping, Machines, check_new, report_end
 from pantarhei.flow import Flow, PseudoHuber, squared
-from pantarhei.flow.heads import Outer
+from pantarhei.flow.heads import Outer, Scaling
 from pantarhei.flow.metrics import Premetric
-from pantarhei.networks.discriminators import ProjectedDiscriminator, make_discriminator
+from pantarhei.networks.discriminators import ProjectedDiscriminator, VGGMaps, make_discriminator
 from pantarhei.networks.vgg import VGG16Features
 from pantarhei.recipes.perceptual import MetricName, build_metric
 from pantarhei.recipes.rectified_flow import RectifiedFlowConfig, build_task
@@ -39,6 +39,7 @@ class Jumping:
         longest: largest number of the teacher's steps, points - 1 by default.
         per_row: draw that number for each row, not for the batch.
         outer: form of ctm's jump: euler, variance or mixed (the last two for EDM networks).
+        scaling: of cd, ct and ict: jump (any network), or boundary (that of the published models, for EDM networks).
         metric: of images at the data end: huber (of the whole image), squared, or one of images: lpips (give --vgg and
             --lpips), lpips-surrogate, gradients, classifier.
         denoising: weight of ctm's denoising term; 0 leaves it out.
@@ -58,6 +59,7 @@ class Jumping:
     longest: int | None = None
     per_row: bool = False
     outer: Outer = "euler"
+    scaling: Scaling = "jump"
     metric: Literal["huber"] | MetricName = "huber"
     denoising: float = 1.0
     adaptive: bool = True
@@ -82,6 +84,7 @@ class Jumping:
             "longest": self.longest,
             "per_row": self.per_row,
             "outer": self.outer,
+            "scaling": self.scaling,
             "metric": metric,
             "denoising": self.denoising,
             "adaptive": self.adaptive,
@@ -95,8 +98,7 @@ class Jumping:
         if self.adversarial == "vgg":
             if self.vgg is None:
                 raise ValueError("--vgg: features of VGG16 need its weights")
-            features = VGG16Features.from_file(self.vgg)
-            judge: Any = ProjectedDiscriminator([features])
+            judge: Any = ProjectedDiscriminator([VGGMaps(VGG16Features.from_file(self.vgg))])
         else:
             judge = make_discriminator(flow.shape or ())
         return Adversarial(judge, self.adversarial_weight, self.adversarial_after)
@@ -195,6 +197,14 @@ def train_trajectory(
         raise ValueError(
             "--kind: consistency distillation has a teacher: pantarhei straighten trajectory TEACHER --kind cd"
         )
+    left = {
+        "times": recipe.times != "uniform",
+        "coupling": recipe.coupling != "independent",
+        "source": bool(recipe.source),
+    }
+    for name, given in left.items():
+        if given:
+            raise ValueError(f"--{name}: is of flow matching; jumps are learned from noise, on times of their own")
     check_new(out, resume)
     plain, augment = build_task(recipe, seed)
     task: FlowTask = trajectory_task(

@@ -14,6 +14,7 @@ from pantarhei.flow.affine import AffinePath
 from pantarhei.flow.conditions import Condition
 from pantarhei.flow.flow import ConditionLike, Flow
 from pantarhei.flow.transforms import ConditionedField
+from pantarhei.solve.state import per_row
 
 # log p(y | x_t) of noisy states (B, ...) at t, 0-d or (B,), differentiable in x: (B,).
 NoisyClassifier = Callable[[Tensor, Tensor], Tensor]
@@ -67,7 +68,7 @@ def langevin(
     """A control of jumps: Langevin steps along the score (Kim et al. 2310.02279, appendix; Song et al. 2011.13456).
 
     After each jump that leaves noise the state moves by e g + sqrt(2 e) z, with g = score + scale * grad log p(y | x_t), z
-    standard normal and e = 2 (snr |z| / |g|)^2, norms averaged over the batch.
+    standard normal and e = 2 (snr |z| / |g|)^2, row by row.
 
     Args:
         flow: whose score it is: a trajectory model's own, or a better one's.
@@ -93,8 +94,8 @@ def langevin(
             if classifier is not None:
                 slope = slope + scale * slope_of(classifier, x, at)
             z = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            ratio = z.flatten(1).norm(dim=1).mean() / slope.flatten(1).norm(dim=1).mean().clamp_min(1e-12)
-            length = 2 * (snr * ratio) ** 2
+            ratio = z.flatten(1).norm(dim=1) / slope.flatten(1).norm(dim=1).clamp_min(1e-12)
+            length = per_row(2 * (snr * ratio) ** 2, x)
             x = x + length * slope + torch.sqrt(2 * length) * z
         return x
 
@@ -115,7 +116,7 @@ def known_part(flow: Flow, data: Tensor, mask: Tensor, generator: torch.Generato
         time = torch.as_tensor(t, dtype=torch.float64)
         alpha, sigma = float(flow.path.alpha(time)), float(flow.path.sigma(time))
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        return torch.where(mask, alpha * data + (sigma if sigma > CLEAN * alpha else 0.0) * noise, x)
+        return torch.where(mask.bool(), alpha * data + (sigma if sigma > CLEAN * alpha else 0.0) * noise, x)
 
     return control
 

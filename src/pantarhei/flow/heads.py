@@ -36,6 +36,12 @@ class Head:
         """The state at s, from x (B, ...) at t and the network's output there; t and s are 0-d or (B,)."""
         raise TypeError(f"{type(self).__name__} does not define jump")
 
+    def finish(
+        self, prediction: Prediction, path: AffinePath, x: Tensor, t: Tensor, s: Tensor, output: Tensor
+    ) -> Tensor:
+        """The data without the noise that the path leaves at its end s: g itself where there is one."""
+        return prediction.ends(path, x, t, output).data
+
     def spec(self) -> dict[str, Any]:
         """The head as data."""
         return {"name": next(name for name, kind in HEADS.items() if kind is type(self)), **asdict(self)}
@@ -124,6 +130,14 @@ class Consistency(Head):
         scale = over * sd / torch.sqrt(here.sigma**2 + (sd * here.alpha) ** 2)
         return end.alpha * (skip * x + scale * output)
 
+    def finish(
+        self, prediction: Prediction, path: AffinePath, x: Tensor, t: Tensor, s: Tensor, output: Tensor
+    ) -> Tensor:
+        """As CTM's head, or what the published scaling gives."""
+        if self.scaling == "jump":
+            return super().finish(prediction, path, x, t, s, output)
+        return self.jump(prediction, path, x, t, s, output)
+
 
 @dataclass(frozen=True)
 class MeanVelocity(Head):
@@ -136,6 +150,12 @@ class MeanVelocity(Head):
         """The state at s, and x itself at s = t."""
         length = per_row(s - t, x).to(x.dtype)
         return x + length * prediction.velocity(path, x, t, output)
+
+    def finish(
+        self, prediction: Prediction, path: AffinePath, x: Tensor, t: Tensor, s: Tensor, output: Tensor
+    ) -> Tensor:
+        """Where the mean velocity leads: it knows no other data."""
+        return self.jump(prediction, path, x, t, s, output)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,14 @@ from pantarhei.flow.affine import AffinePath
 from pantarhei.flow.conditions import Condition, as_condition
 from pantarhei.flow.flow import ConditionLike, Flow
 from pantarhei.flow.grids import Grid, GridName
-from pantarhei.flow.heads import Head, HeadName, MeanVelocity, build_head
+from pantarhei.flow.heads import Head, HeadName, MeanVelocity, OuterVariance, build_head
 from pantarhei.flow.jumps import Move, gamma_moves, renoised
 from pantarhei.flow.modes import evaluation_mode
+from pantarhei.flow.paths import Linear
 from pantarhei.flow.predictions import as_rows, check_times
 from pantarhei.flow.transforms import Guidance
+
+VISIBLE = 0.005  # noise at a path's end that samples had better not keep
 
 
 class TrajectoryModel(Flow):
@@ -43,6 +46,13 @@ class TrajectoryModel(Flow):
         if not isinstance(self.path, AffinePath):
             raise ValueError("path: jumps are along an affine path")
         self.prediction = self.head.prediction(self.prediction)
+        ends = torch.tensor(self.interval, dtype=torch.float64)
+        if isinstance(self.prediction, OuterVariance) and not (
+            self.path.alpha(ends[0]) > 0 and self.path.sigma(ends[1]) > 0
+        ):
+            raise ValueError(
+                "outer: forms other than 'euler' need a path that is never pure noise nor clean, such as EDM's"
+            )
 
     def spec(self) -> dict[str, Any]:
         """Everything but the network and the codec, as data (JSON/YAML)."""
@@ -140,21 +150,23 @@ class TrajectoryModel(Flow):
         s: Tensor,
         condition: Condition | None = None,
         guidance: float | Guidance = 1.0,
+        finish: bool = False,
     ) -> Tensor:
-        """`jump` without its checks, for training."""
+        """`jump` without its checks, for training; `finish` gives the data instead of the last, slightly noisy state."""
         if not isinstance(guidance, Guidance):
             guidance = Guidance(float(guidance))
         if guidance.scale == 1.0:
-            return self._landed(x, t, s, condition)
+            return self._landed(x, t, s, condition, finish)
 
         def field(x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
             twice = s.ndim and s.shape[0] != x.shape[0]  # both rows of guidance in one call
-            return self._landed(x, t, torch.cat([s, s]) if twice else s, condition)
+            return self._landed(x, t, torch.cat([s, s]) if twice else s, condition, finish)
 
         return guidance(field, x, t, condition, None)
 
-    def _landed(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None) -> Tensor:
-        return self.head.jump(self.prediction, self.path, x, t, s, self.raw(x, t, s, condition))
+    def _landed(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None, finish: bool) -> Tensor:
+        rule = self.head.finish if finish else self.head.jump
+        return rule(self.prediction, self.path, x, t, s, self.raw(x, t, s, condition))
 
     @torch.no_grad()
     def jumps(
@@ -167,6 +179,7 @@ class TrajectoryModel(Flow):
         generator: torch.Generator | None = None,
         noise: Callable[[int, Tensor], Tensor] | None = None,
         control: Callable[[Tensor, float, int], Tensor] | None = None,
+        finish: bool = False,
     ) -> Tensor:
         """Jump after jump from the flow's first time, each followed by noise that leads back to an earlier time.
 
@@ -178,15 +191,23 @@ class TrajectoryModel(Flow):
             noise: gives it instead: `noise(number, x)`, standard normal and like x, for the move of a number.
             control: changes the state after each move, given (x, t, number): a projection on what is known of the data, or
                 steps along a score (see `langevin`).
+            finish: let the last jump give the data estimate instead of the state, where the path leaves noise at its end.
 
         Raises:
-            ValueError: moves that lead nowhere.
+            ValueError: moves that do not lead on, or noise where noise and data are not independent.
         """
+        self._check(moves)
         named = as_condition(condition, self.null, x.shape[0])
         named = None if named is None else named.to(x.device)
         here = self.interval[0]
         for number, move in enumerate(moves):
-            x = self.jump(x, here, move.to, named, guidance)
+            if finish and number + 1 == len(moves):
+                t, s = (
+                    x.new_full((), time, dtype=torch.promote_types(x.dtype, torch.float32)) for time in (here, move.to)
+                )
+                x = self.land(x, t, s, named, guidance, finish=True)
+            else:
+                x = self.jump(x, here, move.to, named, guidance)
             if move.back < move.to:
                 if noise is None:
                     drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
@@ -197,6 +218,18 @@ class TrajectoryModel(Flow):
             if control is not None:
                 x = control(x, here, number)
         return x
+
+    def _check(self, moves: Sequence[Move]) -> None:
+        if not moves or any(move.back > move.to for move in moves):
+            raise ValueError("moves: at least one is needed, each with back <= to")
+        if any(move.back < move.to for move in moves):
+            reason = self.provenance.why_not_marginal()
+            if reason is None and not getattr(self.source, "gaussian", False):
+                reason = "its source is not Gaussian"
+            if reason is not None:
+                raise ValueError(
+                    f"gamma: noise cannot be renewed on the way, {reason}; sample with one jump, or gamma = 0"
+                )
 
     def jumps_with(self, method: str = "auto", **options: Any) -> bool:
         """Whether `sample` with these options jumps, and does not solve the ODE or SDE of the score."""
@@ -245,7 +278,8 @@ class TrajectoryModel(Flow):
         if options.pop("final", "auto") not in ("auto", "state"):
             raise ValueError("final: the last jump is the sample; only methods of the ODE end otherwise")
         options.pop("epsilon", None)
-        how = {name: options.pop(name) for name in ("guidance", "noise", "control") if name in options}
+        given = [name for name in ("guidance", "noise", "control") if name in options]
+        how: dict[str, Any] = {name: options.pop(name) for name in given}
         left = sorted(set(options) - {"steps", "gamma", "moves", "grid", "shift"})
         if left:
             raise ValueError(f"{left[0]}: jumps do not take it; methods of the ODE do, such as method='heun'")
@@ -255,6 +289,7 @@ class TrajectoryModel(Flow):
             raise ValueError(f"count: {count} samples asked, but x0 has {x0.shape[0]} rows")
         moves = self.plan(**options)
         with evaluation_mode(self.network):
+            how["finish"] = self._last_sigma > VISIBLE and moves[-1].to >= self.interval[1] - 1e-6
             x = self.jumps(self.first_sigma * x0, moves, condition=condition, generator=generator, **how)
         return self.decode(x) if decode else x
 
@@ -264,7 +299,7 @@ class TrajectoryModel(Flow):
         gamma: float | None = None,
         *,
         moves: Sequence[Move] | None = None,
-        grid: GridName | Callable[[float], float] = "edm",
+        grid: GridName | Callable[[float], float] | None = None,
         shift: float = 1.0,
     ) -> list[Move]:
         """The moves of a sampler.
@@ -274,10 +309,10 @@ class TrajectoryModel(Flow):
             gamma: share of noise after each jump but the last: 0 jumps from time to time, without any noise; 1 always to the
                 end and back, as consistency models are sampled, and their only way. By default 0 where the head allows it.
             moves: the moves themselves, instead of all else.
-            grid, shift: spacing of the times, see `make_grid`.
+            grid, shift: spacing of the times, see `make_grid`: uniform on the linear path, else EDM's.
 
         Raises:
-            ValueError: settings that do not go together, or times that do not begin at the first one.
+            ValueError: settings that do not go together, or times that do not lead from the first one to the last.
         """
         if moves is not None:
             if steps != 1 or gamma is not None:
@@ -287,9 +322,11 @@ class TrajectoryModel(Flow):
             raise ValueError("steps: jumps have no error control; give a number")
         if gamma is None:
             gamma = 0.0 if self.head.anywhere else 1.0
+        grid = grid or ("uniform" if isinstance(self.path, Linear) else "edm")
         nodes = self._grid(steps, self.interval, grid, shift) if isinstance(steps, int) else tuple(steps)
-        if abs(nodes[0] - self.interval[0]) > 1e-6:
-            raise ValueError(f"steps: the grid must begin at the first time, {self.interval[0]:g}, got {nodes[0]:g}")
+        if any(abs(a - b) > 1e-6 for a, b in zip((nodes[0], nodes[-1]), self.interval, strict=True)):
+            low, high = self.interval
+            raise ValueError(f"steps: times must lead from {low:g} to {high:g}, got {nodes[0]:g} to {nodes[-1]:g}")
         if gamma != 1.0 and len(nodes) > 2 and not self.head.anywhere:
             raise ValueError(f"gamma: a consistency model always jumps to the end, gamma = 1, got {gamma:g}")
         return gamma_moves(self.path, nodes, gamma)

@@ -95,8 +95,8 @@ class ProjectedDiscriminator(nn.Module):
     `forward(x)`: images (B, 3, H, W) in [-1, 1] to logits (B, sum over heads).
 
     Args:
-        features: frozen modules, images (B, 3, side, side) to feature maps (B, C_i, H_i, W_i), finest first; only so many as
-            `mixed` has are looked at.
+        features: frozen modules, images (B, 3, side, side) in [-1, 1] to feature maps (B, C_i, H_i, W_i), finest first; the
+            coarsest are looked at, so many as `mixed` has. They are no part of the state: checkpoints hold heads and mixing.
         mixed: channels after mixing, finest first.
         side: images are resized to it.
         seed: of the random mixing.
@@ -117,7 +117,7 @@ class ProjectedDiscriminator(nn.Module):
         if not features:
             raise ValueError("features: at least one feature network is needed")
         self.side, self.count = side, len(mixed)
-        self.features = nn.ModuleList(features).requires_grad_(False).eval()
+        self.features = [network.requires_grad_(False).eval() for network in features]
         shapes = [[tuple(h.shape[1:]) for h in maps] for maps in self._maps(torch.zeros(1, 3, side, side))]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -134,13 +134,12 @@ class ProjectedDiscriminator(nn.Module):
             if not isinstance(maps, (list, tuple)) or not maps or any(h.ndim != 4 for h in maps):
                 kind = type(network).__name__
                 raise ValueError(f"features: {kind} must give a list of maps (B, C, H, W), finest first")
-            yield list(maps[: self.count])
+            yield list(maps[-self.count :])
 
-    def train(self, mode: bool = True) -> ProjectedDiscriminator:
-        """The feature networks stay in evaluation mode."""
-        super().train(mode)
-        self.features.eval()
-        return self
+    def _apply(self, fn: Any, recurse: bool = True) -> ProjectedDiscriminator:
+        for network in self.features:
+            network._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def requires_grad_(self, requires_grad: bool = True) -> ProjectedDiscriminator:
         """Of the heads; features and their mixing are frozen."""
@@ -149,12 +148,36 @@ class ProjectedDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, positive for what looks real."""
+        if x.ndim != 4 or x.shape[1] not in (1, 3):
+            raise ValueError(f"x: grey or colour images (B, C, H, W) are needed, got {tuple(x.shape)}")
+        x = x.expand(-1, 3, -1, -1)
         if x.shape[2:] != (self.side, self.side):
             x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False)
         parts: Any = zip(self._maps(x), self.mixing, self.heads, strict=True)
         return torch.cat(
             [head(h) for maps, mixing, heads in parts for head, h in zip(heads, mixing(maps), strict=True)], dim=1
         )
+
+
+class VGGMaps(nn.Module):
+    """The maps of a VGG16 for images (B, 3, H, W) in [-1, 1], which it wants in the scale of its training.
+
+    Args:
+        network: its features, such as `VGG16Features.from_file(...)`.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        for name, values in (("mean", (0.485, 0.456, 0.406)), ("deviation", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, torch.tensor(values)[:, None, None])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Five maps, finest first."""
+        return list(self.network(((x + 1) / 2 - self.mean) / self.deviation))
 
 
 class _Mixing(nn.Module):

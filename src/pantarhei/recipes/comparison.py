@@ -120,7 +120,9 @@ def trained_arms(data: tuple[Source, Source], perceptual: Premetric | None) -> t
             usual = optimization(budget)
             usual["optimization"] = replace(usual["optimization"], optimizer="radam")
             guidance = budget.solver.guidance
-            return trajectory_task(flow, data[0], held_out=data[1], kind=kind, guidance=guidance, **usual)
+            alone = kind == "ict"  # a grid that does not grow: how long it may train is not known yet
+            own = {"times": 40} if alone else {"guidance": guidance}
+            return trajectory_task(flow, data[0], held_out=data[1], kind=kind, **own, **usual)
 
         return made
 
@@ -144,6 +146,7 @@ def trained_arms(data: tuple[Source, Source], perceptual: Premetric | None) -> t
         Arm("phased (4)", phased, pairs=False, least=4),
         Arm("consistency distillation", trajectory("cd"), pairs=False, samplers=("jump",), applies=on_real_data),
         Arm("consistency trajectory", trajectory("ctm"), pairs=False, samplers=("jump",), applies=on_real_data),
+        Arm("consistency training", trajectory("ict"), pairs=False, samplers=("jump",), applies=on_real_data),
         Arm("mean velocity", trajectory("meanflow"), pairs=False, samplers=("jump",), applies=on_real_data),
         Arm("distilled to 1 step", distil, applies=only_linear, most=1),
     ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +78,11 @@ class JumpTimes:
             raise ValueError(f"normal: a mean and a positive deviation are needed, got {self.normal}")
         if self.normal is not None and len(self.levels) != len(self.grid):
             raise ValueError("levels: a normal law of the level needs that of each node")
+
+    def spec(self) -> dict[str, Any]:
+        """The law as data."""
+        kept = asdict(self)
+        return {"points": len(self.grid), **{k: v for k, v in kept.items() if k not in ("grid", "levels", "normal")}}
 
     def draw(
         self,

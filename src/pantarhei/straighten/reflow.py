@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from pantarhei.flow import Flow, FlowMatching, Interpolant
+from pantarhei.flow import Flow, FlowMatching, Interpolant, TrajectoryModel
 from pantarhei.flow.couplings import Pairs
 from pantarhei.flow.numbered import Conditions
 from pantarhei.flow.times import TimeLaw, Uniform
@@ -52,13 +52,19 @@ def reflow_task(
     return FlowTask(student, objective, kept, held_out=held_out, optimization=optimization, average=average)
 
 
-def check_reflow(flow: Flow) -> None:
+def check_reflow(flow: Flow, *, jumps: bool = False) -> None:
     """Refuse a flow that cannot be straightened by going on, before pairs are made with it.
 
+    Args:
+        flow: the flow.
+        jumps: whether the student will learn jumps, too.
+
     Raises:
-        ValueError: it was distilled, or its path has a latent.
+        ValueError: it was distilled, its path has a latent, or it jumps and the student's jumps would go stale.
     """
     flow.require_field()
+    if isinstance(flow, TrajectoryModel) and not jumps:
+        raise ValueError("flow: only its field would go on learning, and its jumps go stale; straighten its teacher")
     if isinstance(flow.path, Interpolant):
         raise ValueError(
             "flow: its path has a latent, which pairs of its ODE do not need; train a straight flow on them instead "

@@ -38,7 +38,7 @@ class LowRank:
 
 
 # Notes that describe how a teacher was made or is sampled, and not its student.
-OF_THE_TEACHER = ("steps", "phases", "sampling_steps", "guidance_of_teacher", "low_rank")
+OF_THE_TEACHER = ("steps", "phases", "sampling_steps", "guidance_of_teacher", "low_rank", "method", "metric")
 
 
 def make_student(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from pantarhei.flow import Flow, FlowMatching, PseudoHuber
-from pantarhei.flow.heads import CTM, Consistency, Head, MeanVelocity, Outer, build_head
+from pantarhei.flow import Flow, FlowMatching, PseudoHuber, Term, evaluation_mode, squared
+from pantarhei.flow.estimates import Estimates
+from pantarhei.flow.heads import CTM, Consistency, Head, MeanVelocity, Outer, Scaling, build_head
 from pantarhei.flow.metrics import Premetric
-from pantarhei.flow.predictions import EDMPreconditioned, Prediction
+from pantarhei.flow.objectives import Draw, LossTerm
+from pantarhei.flow.predictions import EDMPreconditioned, Prediction, build_prediction
 from pantarhei.flow.times import Uniform
 from pantarhei.flow.trajectory import TrajectoryModel
 from pantarhei.naming import unknown
@@ -46,6 +49,7 @@ def trajectory_student(
     initial: Literal["zero", "random"] = "zero",
     start: nn.Module | None = None,
     low_rank: LowRank | None = None,
+    alone: bool = False,
     teacher: str = "",
     notes: dict[str, Any] | None = None,
 ) -> TrajectoryModel:
@@ -58,12 +62,15 @@ def trajectory_student(
         initial: what the branch of the second time starts with. With "zero" every jump is the teacher's first-order step at
             first; "random" is the reference's.
         start, low_rank, teacher, notes: as of any student (see `plus_plus_task`).
+        alone: it will learn from data, not from the flow.
 
     Raises:
         ValueError: the flow is distilled, or its path is not affine.
     """
-    check_reflow(flow)
+    check_reflow(flow, jumps=True)
     chosen = build_head(head)
+    if build_prediction(predicts or flow.prediction).spec()["name"] == "score":
+        raise ValueError("flow: jumps of a score prediction are unbounded at both ends; start from another prediction")
     noted = {"low_rank": low_rank.rank} if low_rank is not None else {}
     plain = make_student(flow, start=start, teacher=teacher, notes={**(notes or {}), **noted})
     network: Any = plain.network.requires_grad_(True)
@@ -76,8 +83,9 @@ def trajectory_student(
         for parameter in new:  # a branch without a past has to learn as a whole
             parameter.requires_grad_(True)
     settings = flow.settings()
-    # The trajectories are the teacher's own: nothing is paired anew.
-    settings["provenance"] = replace(plain.provenance, rectified=flow.provenance.rectified)
+    # The trajectories are the teacher's own, nothing is paired anew; without a teacher they are those of the data.
+    origin = {"rectified": 0, "coupling": "independent"} if alone else {"rectified": flow.provenance.rectified}
+    settings["provenance"] = replace(plain.provenance, **origin)
     if predicts is not None:
         settings["predicts"] = predicts
     return TrajectoryModel(network, **{**settings, "head": chosen})
@@ -94,6 +102,7 @@ def trajectory_task(
     longest: int | None = None,
     per_row: bool = False,
     outer: Outer = "euler",
+    scaling: Scaling = "jump",
     predicts: Prediction | str | None = None,
     metric: Premetric | None = None,
     weight: str | None = None,
@@ -125,6 +134,7 @@ def trajectory_task(
         times: how many nodes the grid of jumps has (18 by default; "ct" and "ict" have a curriculum), or the law itself.
         span, longest, per_row: of "ctm", see `JumpTimes`.
         outer: of "ctm", see `heads.CTM`.
+        scaling: of consistency models, see `heads.Consistency`; "boundary" is that of the published files.
         metric: compares at the data end: pseudo-Huber with c = 0.00054 sqrt(D) by default.
         weight: of rows, see `TrajectoryMatching`: "uniform", and "interval" for "ict".
         denoising: weight of the denoising term of "ctm"; 0 leaves it out.
@@ -161,7 +171,7 @@ def trajectory_task(
     metric = metric or PseudoHuber(root=True)
     notes: dict[str, Any] = {"method": kind}
     if guidance != 1.0:
-        notes["guidance_built_in"] = guidance
+        notes |= {"guidance_of_teacher": guidance, "guidance": 1.0}  # built in: none is needed in sampling
     if kind != "meanflow":
         notes["metric"] = name_of(metric)
     if kind == "meanflow":
@@ -169,11 +179,12 @@ def trajectory_task(
     heads: dict[str, Head] = {"ctm": CTM(outer), "meanflow": MeanVelocity()}
     student = trajectory_student(
         flow,
-        heads.get(kind, Consistency()),
+        heads.get(kind, Consistency(scaling)),
         predicts=predicts,
         initial=initial,
         start=start,
         low_rank=low_rank,
+        alone=alone,
         teacher=teacher,
         notes=notes,
     )
@@ -210,7 +221,7 @@ def trajectory_task(
         matching,
         law,
         data,
-        denoising=denoising_objective(student) if kind == "ctm" and denoising else None,
+        denoising=denoising_objective(student, frozen, guidance, dropout) if kind == "ctm" and denoising else None,
         denoising_weight=denoising,
         adaptive=adaptive,
         adversarial=adversarial,
@@ -219,11 +230,43 @@ def trajectory_task(
     )
 
 
-def denoising_objective(model: TrajectoryModel) -> FlowMatching:
-    """The denoising term at s = t: EDM's loss at the published times, or flow matching at uniform ones."""
-    if isinstance(model.prediction, EDMPreconditioned):
-        return FlowMatching(times=DenoisingTimes(model.path, model.interval))
-    return FlowMatching(times=Uniform())
+def denoising_objective(
+    model: TrajectoryModel, teacher: Flow | None = None, guidance: float = 1.0, dropout: float = 0.0
+) -> FlowMatching:
+    """The denoising term at s = t: EDM's loss at the published times, or flow matching at uniform ones.
+
+    Args:
+        model: the student.
+        teacher, guidance: where the student has guidance built in, its estimate is compared with the guided teacher's: that
+            of data would pull the other way.
+        dropout: how often a condition is dropped.
+    """
+    law = DenoisingTimes(model.path, model.interval) if isinstance(model.prediction, EDMPreconditioned) else Uniform()
+    terms: tuple[LossTerm, ...] = (Term(),)
+    if teacher is not None and guidance != 1.0:
+        terms = (TowardsTeacher(teacher, guidance),)
+    return FlowMatching(times=law, terms=terms, dropout=dropout)
+
+
+@dataclass(frozen=True)
+class TowardsTeacher:
+    """A term of flow matching whose target is what a guided teacher estimates.
+
+    Attributes:
+        teacher: frozen, on the student's path.
+        guidance: its guidance.
+    """
+
+    teacher: Flow
+    guidance: float
+    name = "towards_teacher"
+
+    def __call__(self, flow: Flow, draw: Draw, output: Tensor) -> Tensor:
+        """Mean squared error of the network's own target, (B,)."""
+        with torch.no_grad(), evaluation_mode(self.teacher.network):
+            ends = Estimates(self.teacher, self.guidance, ()).ends(draw.x_t, draw.t, draw.condition)
+            target = flow.prediction.target(flow.path, ends.noise, ends.data, draw.t)
+        return squared(output, target)
 
 
 class MeanFlowTask(FlowTask):
@@ -232,6 +275,12 @@ class MeanFlowTask(FlowTask):
     def __init__(self, model: TrajectoryModel, objective: MeanFlow, data: Any, **options: Any):
         super().__init__(model, objective, data, **options)
         self.teacher = objective.teacher  # a submodule, so that it moves to the device
+
+    def config(self) -> dict[str, Any]:
+        """Flow, network, and what is learned, as data: resuming compares them."""
+        of: Any = self.objective
+        learned = {name: getattr(of, name) for name in ("guidance", "share", "power", "constant", "dropout")}
+        return {**super().config(), "jumps": {**learned, "teacher": self.teacher is not None, "times": of.times.spec()}}
 
     def preview(self, folder: Path, iteration: int) -> None:
         """Samples of one jump."""
@@ -265,6 +314,10 @@ class Curriculum:
             return min(first * 2**doublings, last)
         first, last = 2, 150
         return math.ceil(math.sqrt(done * ((last + 1) ** 2 - first**2) + first**2) - 1)
+
+    def spec(self) -> dict[str, Any]:
+        """As data; a longer training may go on with it, laid out anew."""
+        return {"curriculum": self._kind}
 
     def __call__(self, iteration: int) -> JumpTimes:
         """The law of jumps at an iteration."""

@@ -18,6 +18,7 @@ from pantarhei.flow.trajectory import TrajectoryModel
 from pantarhei.networks.second_time import last_layer
 from pantarhei.straighten.adversarial import Adversarial, discriminator_loss, generator_loss
 from pantarhei.straighten.jump_times import JumpTimes
+from pantarhei.straighten.rectified_flow_plus_plus import name_of
 from pantarhei.straighten.trajectory_matching import Compared, TrajectoryMatching
 from pantarhei.training import FlowTask, Optimization
 from pantarhei.training.task import Trained, Update, held, slope, unwrapped
@@ -136,8 +137,8 @@ class TrajectoryTask(FlowTask):
     def _judged(self, fake: Tensor, real: Tensor, generator: torch.Generator) -> Update:
         """The discriminator's update."""
         assert self.adversarial is not None
-        both = self.adversarial.shown(torch.cat([fake, real]), generator)
-        false, true = self.discriminator(both).chunk(2)
+        # One after the other: statistics of a batch norm are of either.
+        false, true = (self.discriminator(self.adversarial.shown(x, generator)) for x in (fake, real))
         loss = discriminator_loss(false, true)
         log = {"discriminator": loss.detach(), "accuracy": ((false < 0).float().mean() + (true > 0).float().mean()) / 2}
         return Update(loss, "discriminator", log)
@@ -179,6 +180,25 @@ class TrajectoryTask(FlowTask):
                 for rows in torch.arange(len(x0)).split(self.validation_batch)
             ]
         return float((torch.cat(parts) - x1).square().mean())
+
+    def config(self) -> dict[str, Any]:
+        """Flow, network, and what is learned of jumps, as data: resuming compares them."""
+        matching, playing = self.matching, self.adversarial
+        learned: dict[str, Any] = {
+            "waypoint": matching.waypoint,
+            "guidance": matching.guidance,
+            "follower": matching.follower,
+            "metric": name_of(matching.metric),
+            "weight": matching.weight,
+            "denoising": self.denoising_weight if self.denoising is not None else 0.0,
+            "adaptive": self.adaptive,
+            "dropout": self.dropout,
+            "times": self._times.spec() if hasattr(self._times, "spec") else "custom",
+        }
+        if playing is not None:
+            name = type(playing.discriminator).__name__
+            learned["adversarial"] = {"discriminator": name, "weight": playing.weight, "after": playing.after}
+        return {**super().config(), "jumps": learned}
 
     def preview(self, folder: Path, iteration: int) -> None:
         """A grid of 64 samples of one jump from fixed noise (images), or a scatter of 2,000 (points)."""

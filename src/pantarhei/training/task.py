@@ -207,12 +207,15 @@ def slope(term: Tensor, of: Tensor, *, keep: bool = True) -> Tensor:
     """
     from lightning_fabric import wrappers
 
-    before = wrappers._in_fabric_backward
-    wrappers._in_fabric_backward = True
+    inside: Any = wrappers  # a flag of theirs, in the versions that have it
+    before = getattr(inside, "_in_fabric_backward", None)
+    if before is None:
+        return torch.autograd.grad(term, of, retain_graph=keep)[0]
+    inside._in_fabric_backward = True
     try:
         return torch.autograd.grad(term, of, retain_graph=keep)[0]
     finally:
-        wrappers._in_fabric_backward = before
+        inside._in_fabric_backward = before
 
 
 def unwrapped(network: nn.Module) -> nn.Module:

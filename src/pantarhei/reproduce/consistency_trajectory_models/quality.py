@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pantarhei import metrics
@@ -12,6 +14,7 @@ from pantarhei.report import figures as draw
 from pantarhei.report import save_image_grid
 from pantarhei.reproduce.claims import Settings
 from pantarhei.reproduce.consistency_trajectory_models.teachers import (
+    BATCH,
     ITERATIONS,
     SIZES,
     STEPS,
@@ -23,9 +26,10 @@ from pantarhei.reproduce.consistency_trajectory_models.teachers import (
     seconds_an_iteration,
     usual,
 )
-from pantarhei.reproduce.training import run
-from pantarhei.straighten import Adversarial, trajectory_task
-from pantarhei.training import Optimization
+from pantarhei.reproduce.training import run, small_mlp
+from pantarhei.straighten import Adversarial, trajectory_student, trajectory_task
+from pantarhei.straighten.trajectories import denoising_objective
+from pantarhei.training import FlowTask, Optimization
 
 LENGTHS = (1000, 4000)
 GAMMAS = (0.0, 0.5, 1.0)
@@ -102,6 +106,7 @@ def terms(settings: Settings) -> dict[str, float]:
     arms = {
         "full": usual(settings.seed, settings.quick).model,
         "no_denoising": learn(taught, denoising=0.0).model,
+        "no_matching": _denoiser(taught),
         "adaptive": usual(settings.seed, settings.quick, adaptive=True).model,
         "adversarial": learn(taught, adversarial=adversarial).model,
         "adversarial_adaptive": learn(
@@ -121,10 +126,20 @@ def terms(settings: Settings) -> dict[str, float]:
         found |= {f"{name}_1": values[1], f"{name}_16": values[16], f"{name}_score": _score_error(taught, model)}
         solved = model.sample(x0=taught.x0, steps=17, method="edm", grid="edm")
         found[f"{name}_ode"] = taught.distance(solved)
-    for other in ("no_denoising", "adversarial", "adaptive", "adversarial_adaptive"):
+    for other in [name for name in arms if name != "full"]:
         for figure in ("1", "16", "score", "ode"):
             found[f"{other}_over_full_{figure}"] = found[f"{other}_{figure}"] / found[f"full_{figure}"]
     return found
+
+
+def _denoiser(taught: Ring) -> TrajectoryModel:
+    """The denoising term alone: what is left where the comparison passes no gradient."""
+    student = trajectory_student(taught.teacher, "ctm", start=small_mlp(taught.seed), predicts="edm")
+    optimization = Optimization(lr=1e-3, decay="cosine", warmup=50)
+    objective = denoising_objective(student)
+    task = FlowTask(student, objective, taught.data, optimization=optimization, average=0.99)
+    model: Any = run(task, taught.seed, Settings(taught.seed, taught.quick).size(ITERATIONS), BATCH)
+    return model
 
 
 def spans(settings: Settings) -> dict[str, float]:
@@ -182,7 +197,7 @@ def images(settings: Settings) -> dict[str, float]:
             "times": 9,
             "adversarial": Adversarial(make_discriminator((1, 8, 8), 32), after=size(DIGIT_ITERATIONS) // 2),
         },
-        "cd": {"kind": "cd"},
+        "cd": {"kind": "cd", "times": 9},
         "meanflow": {"kind": "meanflow"},
     }
 

@@ -93,6 +93,8 @@ def learn(
     usual["optimization"] = Optimization(lr=1e-3, decay="cosine", warmup=50)
     if kind == "ctm":
         usual |= {"denoising": 0.2, "adaptive": False}
+    if kind == "meanflow":
+        usual |= {"predicts": "velocity"}  # the output is a mean velocity then, without a label that turns fast
     start = small_mlp(taught.seed, width=width, layers=layers)
     task = trajectory_task(
         taught.teacher, taught.data, kind=kind, start=start, iterations=count, **{**usual, **options}
@@ -116,9 +118,11 @@ def usual(
     return learn(ring(seed, quick), kind, iterations=iterations, network=network, **options)
 
 
-def seconds_an_iteration(taught: Ring, kind: Kind, iterations: int = 60) -> float:
-    """Of training, measured by itself."""
-    return learn(taught, kind, iterations=iterations).seconds / Settings(taught.seed, taught.quick).size(iterations)
+def seconds_an_iteration(taught: Ring, kind: Kind, iterations: int = 100) -> float:
+    """Of training, measured by itself: what a longer run takes longer."""
+    short, long = (learn(taught, kind, iterations=count).seconds for count in (iterations, 3 * iterations))
+    size = Settings(taught.seed, taught.quick).size
+    return max(long - short, 1e-3) / max(size(3 * iterations) - size(iterations), 1)
 
 
 def distances(taught: Ring, model: TrajectoryModel, gamma: float | None) -> dict[int, float]:
