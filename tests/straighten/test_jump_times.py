@@ -11,8 +11,8 @@ from torch import nn
 
 from pantarhei.flow import FlowMatching, TrajectoryModel
 from pantarhei.flow.paths import EDM
-from pantarhei.straighten.jump_times import DenoisingTimes, JumpTimes, jump_times, noise_levels
-from pantarhei.straighten.trajectories import Curriculum, denoising_objective
+from pantarhei.straighten.denoising_term import DenoisingTimes, denoising_objective
+from pantarhei.straighten.jump_times import Curriculum, JumpTimes, jump_times, noise_levels
 
 GRID = tuple(i / 10 for i in range(11))
 ROWS = 20_000

@@ -34,7 +34,7 @@ from pantarhei.straighten import (
 )
 from pantarhei.straighten.phased import draw_within
 from pantarhei.straighten.rectified_diffusion import StateAnchor, own_times
-from pantarhei.straighten.rectified_flow_plus_plus import linear_student
+from pantarhei.straighten.students import linear_student
 from straighten.exact_flows import FirstOrder, arrival, first_order_flow, goal, noise, small_mlp
 
 QUIET = {"progress": False, "tensorboard": False}

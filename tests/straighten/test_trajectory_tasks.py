@@ -21,7 +21,7 @@ from pantarhei.networks.second_time import with_second_time
 from pantarhei.straighten import Adversarial, LowRank, MeanFlow, TrajectoryMatching, TrajectoryTask, trajectory_task
 from pantarhei.straighten.adversarial import discriminator_loss, generator_loss
 from pantarhei.straighten.jump_times import JumpTimes, jump_times
-from pantarhei.straighten.trajectories import KINDS, trajectory_student
+from pantarhei.straighten.trajectory_students import KINDS, trajectory_student
 from straighten.exact_flows import first_order_flow, goal, small_mlp
 
 QUIET = {"progress": False, "tensorboard": False}

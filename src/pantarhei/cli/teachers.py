@@ -13,7 +13,7 @@ import tyro
 from torch import nn
 
 from pantarhei.cli.opening import fine_method, recipe_of
-from pantarhei.cli.train import Keeping, Machines, check_new, report_end
+from pantarhei.cli.train import Keeping, Machines, check_new, run_training
 from pantarhei.data import Source, split
 from pantarhei.flow import Flow, TrajectoryModel
 from pantarhei.flow.numbered import numbered_conditions, numbered_source
@@ -32,7 +32,7 @@ from pantarhei.straighten import (
     pair_folder,
     straightness,
 )
-from pantarhei.training import FlowTask, Optimization, Run, train
+from pantarhei.training import FlowTask, Optimization, Run
 
 PairMethod = Literal[
     "auto", "edm", "ddim", "dpm-solver", "euler", "midpoint", "heun", "rk4", "bosh3", "dopri5", "tsit5"
@@ -242,9 +242,7 @@ def train_student(
     }
     _set_dropout(task.flow.network, learning.dropout)
     task.validation_batch = min(task.validation_batch, learning.batch)
-    return report_end(
-        train(task, out, config=config, **learning.loop_options(), **machines.options(), **keeping.options())
-    )
+    return run_training(task, out, config, learning.loop_options(), machines, keeping)
 
 
 def open_teacher(run: Path, machines: Machines, teaching: Teaching | None = None) -> Teacher:

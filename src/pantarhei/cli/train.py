@@ -10,7 +10,6 @@ import tyro
 
 from pantarhei.recipes import forecasting, stochastic_interpolants
 from pantarhei.recipes.cards import write_card
-from pantarhei.recipes.data import Recipe
 from pantarhei.recipes.forecasting import ForecastConfig
 from pantarhei.recipes.rectified_flow import PRESETS, RectifiedFlowConfig, build_task
 from pantarhei.recipes.stochastic_interpolants import StochasticInterpolantsConfig
@@ -100,7 +99,7 @@ def train_rectified_flow(
     check_new(out, resume)
     task, augment = build_task(recipe, seed)
     loop = {"iterations": iterations, "batch": batch, "seed": seed, "resume": resume, "augment": augment}
-    return _train("rectified-flow", recipe, task, out, machines, keeping, loop)
+    return run_training(task, out, {"system": "rectified-flow", "recipe": recipe.spec()}, loop, machines, keeping)
 
 
 train_rectified_flow.presets = {  # type: ignore[attr-defined]
@@ -140,7 +139,8 @@ def train_stochastic_interpolants(
     check_new(out, resume)
     task, augment = stochastic_interpolants.build_task(recipe, seed)
     loop = {"iterations": iterations, "batch": batch, "seed": seed, "resume": resume, "augment": augment}
-    return _train("stochastic-interpolants", recipe, task, out, machines, keeping, loop)
+    config = {"system": "stochastic-interpolants", "recipe": recipe.spec()}
+    return run_training(task, out, config, loop, machines, keeping)
 
 
 def train_forecasting(
@@ -169,20 +169,20 @@ def train_forecasting(
     task = forecasting.build_task(recipe, seed)
     loop = {"iterations": iterations, "batch": batch, "seed": seed, "resume": resume}
     following = f"pantarhei forecast {out} --out forecast"
-    return _train("forecasting", recipe, task, out, machines, keeping, loop, following)
+    config = {"system": "forecasting", "recipe": recipe.spec()}
+    return run_training(task, out, config, loop, machines, keeping, following)
 
 
-def _train(
-    system: str,
-    recipe: Recipe,
+def run_training(
     task: Task,
     out: Path,
+    config: dict[str, Any],
+    loop: dict[str, Any],
     machines: Machines,
     keeping: Keeping,
-    loop: dict[str, Any],
     following: str = "",
 ) -> int:
-    config = {"system": system, "recipe": recipe.spec()}
+    """Train, write the model card and say where things are, and what `following` command may come next."""
     return report_end(train(task, out, config=config, **loop, **machines.options(), **keeping.options()), following)
 
 

@@ -9,18 +9,19 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pantarhei.cli.teachers import Learning, Student, say_gaps, train_student
-from pantarhei.cli.train import Keeping, Machines, check_new, report_end
+from pantarhei.cli.train import Keeping, Machines, check_new, run_training
 from pantarhei.flow import Flow, PseudoHuber, squared
 from pantarhei.flow.heads import Outer, Scaling
 from pantarhei.flow.metrics import Premetric
 from pantarhei.networks.discriminators import ProjectedDiscriminator, VGGMaps, make_discriminator
 from pantarhei.networks.vgg import VGG16Features
 from pantarhei.recipes.perceptual import MetricName, build_metric
-from pantarhei.recipes.rectified_flow import RectifiedFlowConfig, build_task
+from pantarhei.recipes.rectified_flow import PRESETS, RectifiedFlowConfig, build_task
 from pantarhei.straighten import Adversarial, Solver, trajectory_task
 from pantarhei.straighten.jump_times import Span
-from pantarhei.straighten.trajectories import Kind
-from pantarhei.training import FlowTask, train
+from pantarhei.straighten.trajectory_matching import Weight
+from pantarhei.straighten.trajectory_students import Kind
+from pantarhei.training import FlowTask
 from pantarhei.training.machines import Precision
 
 TASK = "consistency-trajectory-models"
@@ -38,6 +39,9 @@ class Jumping:
         span: of ctm, how far the teacher leads: soft (some intervals of the grid), local (one) or global (all the way).
         longest: largest number of the teacher's steps, points - 1 by default.
         per_row: draw that number for each row, not for the batch.
+        waypoint: of ctm without a teacher, who leads: self (one jump of the average) or self-steps (one a time of the grid).
+        weight: of rows: uniform, snr, snr+1, karras, truncated-snr, root, length or interval; uniform by default, interval
+            for ict.
         outer: form of ctm's jump: euler, variance or mixed (the last two for EDM networks).
         scaling: of cd, ct and ict: jump (any network), or boundary (that of the published models, for EDM networks).
         metric: of images at the data end: huber (of the whole image), squared, or one of images: lpips (give --vgg and
@@ -47,6 +51,7 @@ class Jumping:
         adversarial: adds a discriminator: conv (a small one of our own) or vgg (heads on the features of --vgg).
         adversarial_after: iterations before it plays.
         adversarial_weight: of its term, times its adaptive weight.
+        adversarial_shows: what it sees of the student: the estimate that is compared, or its own jump to the data end.
         initial: what the branch of the second time starts with: zero (the teacher's first-order step) or random.
         vgg: weights of VGG16 as torchvision publishes them.
         lpips: the linear weights of LPIPS for VGG16.
@@ -58,6 +63,8 @@ class Jumping:
     span: Span = "soft"
     longest: int | None = None
     per_row: bool = False
+    waypoint: Literal["self", "self-steps"] | None = None
+    weight: Weight | None = None
     outer: Outer = "euler"
     scaling: Scaling = "jump"
     metric: Literal["huber"] | MetricName = "huber"
@@ -66,9 +73,20 @@ class Jumping:
     adversarial: Literal["none", "conv", "vgg"] = "none"
     adversarial_after: int = 0
     adversarial_weight: float = 1.0
+    adversarial_shows: Literal["estimate", "jump"] = "estimate"
     initial: Literal["zero", "random"] = "zero"
     vgg: Path | None = None
     lpips: Path | None = None
+
+    def check(self) -> None:
+        """Refuse, before anything is read, files of weights that are missing or not named."""
+        needed = {"--vgg": self.adversarial == "vgg" or self.metric == "lpips", "--lpips": self.metric == "lpips"}
+        asked = "--metric lpips" if self.metric == "lpips" else "--adversarial vgg"
+        for option, path in {"--vgg": self.vgg, "--lpips": self.lpips}.items():
+            if path is None and needed[option]:
+                raise ValueError(f"{option}: a file of weights is needed for {asked}")
+            if path is not None and not path.is_file():
+                raise ValueError(f"{option}: no file {path}")
 
     def options(self, flow: Flow, data: Any, seed: int) -> dict[str, Any]:
         """As options of a task."""
@@ -83,6 +101,8 @@ class Jumping:
             "span": self.span,
             "longest": self.longest,
             "per_row": self.per_row,
+            "waypoint": self.waypoint,
+            "weight": self.weight,
             "outer": self.outer,
             "scaling": self.scaling,
             "metric": metric,
@@ -96,12 +116,11 @@ class Jumping:
         if self.adversarial == "none":
             return None
         if self.adversarial == "vgg":
-            if self.vgg is None:
-                raise ValueError("--vgg: features of VGG16 need its weights")
+            assert self.vgg is not None  # checked
             judge: Any = ProjectedDiscriminator([VGGMaps(VGG16Features.from_file(self.vgg))])
         else:
             judge = make_discriminator(flow.shape or ())
-        return Adversarial(judge, self.adversarial_weight, self.adversarial_after)
+        return Adversarial(judge, self.adversarial_weight, self.adversarial_after, shows=self.adversarial_shows)
 
 
 def straighten_trajectory(
@@ -126,6 +145,7 @@ def straighten_trajectory(
         student: what it starts from, how it learns, where it runs; `--data` is what is trained on, where the teacher's run
             does not name its data. A second phase with the adversarial term goes on from the first by `--start`.
     """
+    jumping.check()
     opened = student.open_teacher(teacher, out)
     flow = opened.flow
     if guidance != 1.0 and not flow.null:
@@ -205,6 +225,7 @@ def train_trajectory(
     for name, given in left.items():
         if given:
             raise ValueError(f"--{name}: is of flow matching; jumps are learned from noise, on times of their own")
+    jumping.check()
     check_new(out, resume)
     plain, augment = build_task(recipe, seed)
     task: FlowTask = trajectory_task(
@@ -218,11 +239,35 @@ def train_trajectory(
         **{**jumping.options(plain.flow, plain.data, seed), "without_teacher": True},
     )
     config = {"system": TASK, "kind": jumping.kind, "recipe_of": "rectified-flow", "recipe": recipe.spec()}
-    loop: dict[str, Any] = {
-        "iterations": iterations,
-        "batch": batch,
-        "seed": seed,
-        "resume": resume,
-        "augment": augment,
+    loop = {"iterations": iterations, "batch": batch, "seed": seed, "resume": resume, "augment": augment}
+    return run_training(task, out, config, loop, machines, keeping)
+
+
+def _of_recipe(name: str, **changes: Any) -> dict[str, Any]:
+    """A preset of `train rectified-flow` for improved consistency training."""
+    preset = PRESETS[name]
+    edm: dict[str, Any] = {"path": "edm", "predicts": "edm", "first_time": 0.0}
+    return {
+        "recipe": replace(preset.recipe, **edm, **changes),
+        "iterations": preset.iterations,
+        "batch": preset.batch,
+        "machines": Machines(**preset.machines),
+        "keeping": Keeping(**preset.keeping),
     }
-    return report_end(train(task, out, config=config, **loop, **machines.options(), **keeping.options()))
+
+
+train_trajectory.presets = {  # type: ignore[attr-defined]
+    # As published (2310.14189, appendix): lr 1e-4, dropout 0.3, batch 1,024.
+    "cifar10": {
+        **_of_recipe(
+            "cifar10",
+            lr=1e-4,
+            warmup=0,
+            average=0.99993,
+            network=replace(PRESETS["cifar10"].recipe.network, dropout=0.3),
+        ),
+        "iterations": 400_000,
+        "batch": 1024,
+    },
+    "cifar10-small": _of_recipe("cifar10-small"),
+}

@@ -6,7 +6,15 @@ from pantarhei.flow.churn import Churn, churned_sample
 from pantarhei.flow.closed_form import GaussianMixture, MixtureField
 from pantarhei.flow.conditions import Condition
 from pantarhei.flow.control import kl_control, loss_gap
-from pantarhei.flow.controls import ClassifierGuidance, known_part, langevin, rejection_sample
+from pantarhei.flow.controls import (
+    ClassifierGuidance,
+    coarse_part,
+    grey_part,
+    known_part,
+    langevin,
+    redrawn,
+    rejection_sample,
+)
 from pantarhei.flow.denoising import denoising_steps
 from pantarhei.flow.entropic import EntropicField, Potentials, sinkhorn_potentials
 from pantarhei.flow.feature_jacobian import FeatureJacobian
@@ -69,11 +77,13 @@ __all__ = [
     "Term",
     "TrajectoryModel",
     "churned_sample",
+    "coarse_part",
     "couplings",
     "denoising_steps",
     "evaluation_mode",
     "fading",
     "gamma_moves",
+    "grey_part",
     "heads",
     "interpolants",
     "kl_control",
@@ -88,6 +98,7 @@ __all__ = [
     "path_likelihood",
     "paths",
     "predictions",
+    "redrawn",
     "rejection_sample",
     "sinkhorn_potentials",
     "sources",

@@ -1,20 +1,23 @@
-"""Steering samples with what is known of them: a classifier, or a part of the data."""
+"""Steering samples with what is known of them: a classifier, a part of the data, or data to begin with."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pantarhei.flow.affine import AffinePath
 from pantarhei.flow.conditions import Condition
 from pantarhei.flow.flow import ConditionLike, Flow
+from pantarhei.flow.modes import evaluation_mode
+from pantarhei.flow.trajectory import TrajectoryModel
 from pantarhei.flow.transforms import ConditionedField
-from pantarhei.solve.state import per_row
 
 # log p(y | x_t) of noisy states (B, ...) at t, 0-d or (B,), differentiable in x: (B,).
 NoisyClassifier = Callable[[Tensor, Tensor], Tensor]
@@ -68,7 +71,8 @@ def langevin(
     """A control of jumps: Langevin steps along the score (Kim et al. 2310.02279, appendix; Song et al. 2011.13456).
 
     After each jump that leaves noise the state moves by e g + sqrt(2 e) z, with g = score + scale * grad log p(y | x_t), z
-    standard normal and e = 2 (snr |z| / |g|)^2, row by row.
+    standard normal and e = 2 (snr sigma)^2. The paper has |z| / |g| for sigma, which is its value in the mean over a batch of
+    images; row by row that breaks where a score vanishes, and over a batch samples depend on each other.
 
     Args:
         flow: whose score it is: a trajectory model's own, or a better one's.
@@ -86,39 +90,106 @@ def langevin(
 
     def control(x: Tensor, t: float, number: int) -> Tensor:
         time = torch.as_tensor(t, dtype=torch.float64)
-        if float(flow.path.sigma(time)) <= CLEAN * float(flow.path.alpha(time)):
+        sigma = float(flow.path.sigma(time))
+        if sigma <= CLEAN * float(flow.path.alpha(time)):
             return x
+        length = 2 * (snr * sigma) ** 2
         at = x.new_full((), t, dtype=torch.promote_types(x.dtype, torch.float32))
         for _ in range(steps):
             slope = flow.score(x, at, condition)
             if classifier is not None:
                 slope = slope + scale * slope_of(classifier, x, at)
             z = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            ratio = z.flatten(1).norm(dim=1) / slope.flatten(1).norm(dim=1).clamp_min(1e-12)
-            length = per_row(2 * (snr * ratio) ** 2, x)
-            x = x + length * slope + torch.sqrt(2 * length) * z
+            x = x + length * slope + math.sqrt(2 * length) * z
         return x
 
     return control
 
 
-def known_part(flow: Flow, data: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Control:
-    """A control of jumps: what is known of the data is put back after each (inpainting; Song et al. 2303.01469, appendix).
+def known_part(
+    flow: Flow,
+    data: Tensor,
+    known: Tensor | Callable[[Tensor], Tensor],
+    generator: torch.Generator | None = None,
+) -> Control:
+    """A control of jumps: what is known of the data is put back after each (Song et al. 2303.01469, appendix).
 
     Args:
         flow: on an affine path with a Gaussian source.
         data: the data (B, *shape), in the flow's space; anything where they are not known.
-        mask: true where they are known, of a shape that broadcasts to theirs.
+        known: a mask, true where they are known, of a shape that broadcasts to theirs (in-painting); or an orthogonal
+            projection on what is known of them, such as `grey_part` (colouring) and `coarse_part(n)` (super-resolution).
         generator: draws the noise of the known part.
     """
+    project = known if callable(known) else partial(torch.mul, known.bool())
 
     def control(x: Tensor, t: float, number: int) -> Tensor:
         time = torch.as_tensor(t, dtype=torch.float64)
         alpha, sigma = float(flow.path.alpha(time)), float(flow.path.sigma(time))
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        return torch.where(mask.bool(), alpha * data + (sigma if sigma > CLEAN * alpha else 0.0) * noise, x)
+        noisy = alpha * data + (sigma if sigma > CLEAN * alpha else 0.0) * noise
+        return x + project(noisy - x)
 
     return control
+
+
+def grey_part(x: Tensor) -> Tensor:
+    """The projection of images (B, C, H, W) on those whose channels are equal: their mean over the channels."""
+    return x.mean(dim=1, keepdim=True).expand_as(x)
+
+
+def coarse_part(factor: int) -> Callable[[Tensor], Tensor]:
+    """The projection of images (B, C, H, W) on those that are constant on squares of `factor` pixels: their means there.
+
+    Raises:
+        ValueError: when it is used on images whose sides are no multiples of the factor.
+    """
+
+    def project(x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(
+                f"known: images with sides that are multiples of {factor} are needed, got {tuple(x.shape)}"
+            )
+        means = F.avg_pool2d(x, factor)
+        return means.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+
+    return project
+
+
+@torch.no_grad()
+def redrawn(
+    flow: TrajectoryModel,
+    data: Tensor,
+    start: float,
+    steps: int = 1,
+    *,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Tensor:
+    """Data with noise up to a time, and jumps from there: variations of images, images from strokes (2108.01073).
+
+    Args:
+        flow: a trajectory model.
+        data: images or points (B, *output shape).
+        start: the time; the earlier, the less of the data stays.
+        steps: jumps.
+        generator: draws all noise.
+        options: gamma, grid and moves of `TrajectoryModel.plan`; condition, guidance and control of its `jumps`.
+
+    Returns:
+        Data of the same shape.
+
+    Raises:
+        ValueError: a time outside the flow's interval, or options that do not go together.
+    """
+    x1 = flow.encode(data)
+    time = torch.as_tensor(start, dtype=torch.float64)
+    noise = torch.randn(x1.shape, generator=generator, dtype=x1.dtype, device=x1.device)
+    x = float(flow.path.alpha(time)) * x1 + float(flow.path.sigma(time)) * noise
+    planned = {name: options.pop(name) for name in ("gamma", "grid", "moves") if name in options}
+    moves = flow.plan(steps, start=start, **planned)
+    with evaluation_mode(flow.network):
+        return flow.decode(flow.jumps(x, moves, start=start, generator=generator, **options))
 
 
 @torch.no_grad()

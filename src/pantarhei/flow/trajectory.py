@@ -180,8 +180,9 @@ class TrajectoryModel(Flow):
         noise: Callable[[int, Tensor], Tensor] | None = None,
         control: Callable[[Tensor, float, int], Tensor] | None = None,
         finish: bool = False,
+        start: float | None = None,
     ) -> Tensor:
-        """Jump after jump from the flow's first time, each followed by noise that leads back to an earlier time.
+        """Jump after jump, each followed by noise that leads back to an earlier time.
 
         Args:
             x: states (B, *shape) at the first time.
@@ -191,6 +192,7 @@ class TrajectoryModel(Flow):
             noise: gives it instead: `noise(number, x)`, standard normal and like x, for the move of a number.
             control: changes the state after each move, given (x, t, number): a projection on what is known of the data, or
                 steps along a score (see `langevin`).
+            start: the time of x, the flow's first by default.
             finish: let the last jump give the data estimate instead of the state, where the path leaves noise at its end.
 
         Raises:
@@ -199,7 +201,7 @@ class TrajectoryModel(Flow):
         self._check(moves)
         named = as_condition(condition, self.null, x.shape[0])
         named = None if named is None else named.to(x.device)
-        here = self.interval[0]
+        here = self.interval[0] if start is None else start
         for number, move in enumerate(moves):
             if finish and number + 1 == len(moves):
                 t, s = (
@@ -301,6 +303,7 @@ class TrajectoryModel(Flow):
         moves: Sequence[Move] | None = None,
         grid: GridName | Callable[[float], float] | None = None,
         shift: float = 1.0,
+        start: float | None = None,
     ) -> list[Move]:
         """The moves of a sampler.
 
@@ -310,6 +313,7 @@ class TrajectoryModel(Flow):
                 end and back, as consistency models are sampled, and their only way. By default 0 where the head allows it.
             moves: the moves themselves, instead of all else.
             grid, shift: spacing of the times, see `make_grid`: uniform on the linear path, else EDM's.
+            start: the time of the first jump, where it is not the flow's first.
 
         Raises:
             ValueError: settings that do not go together, or times that do not lead from the first one to the last.
@@ -323,9 +327,12 @@ class TrajectoryModel(Flow):
         if gamma is None:
             gamma = 0.0 if self.head.anywhere else 1.0
         grid = grid or ("uniform" if isinstance(self.path, Linear) else "edm")
-        nodes = self._grid(steps, self.interval, grid, shift) if isinstance(steps, int) else tuple(steps)
-        if any(abs(a - b) > 1e-6 for a, b in zip((nodes[0], nodes[-1]), self.interval, strict=True)):
-            low, high = self.interval
+        low, high = self.interval
+        if start is not None:
+            check_times(self.interval, torch.tensor(start, dtype=torch.float64), "start")
+            low = start
+        nodes = self._grid(steps, (low, high), grid, shift) if isinstance(steps, int) else tuple(steps)
+        if any(abs(a - b) > 1e-6 for a, b in zip((nodes[0], nodes[-1]), (low, high), strict=True)):
             raise ValueError(f"steps: times must lead from {low:g} to {high:g}, got {nodes[0]:g} to {nodes[-1]:g}")
         if gamma != 1.0 and len(nodes) > 2 and not self.head.anywhere:
             raise ValueError(f"gamma: a consistency model always jumps to the end, gamma = 1, got {gamma:g}")

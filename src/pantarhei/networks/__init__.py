@@ -11,6 +11,7 @@ from torch import nn
 from pantarhei.naming import build as _build
 from pantarhei.networks.adm import ADM, ADMConfig
 from pantarhei.networks.diffusers_models import DiffusersConfig, DiffusersNetwork
+from pantarhei.networks.discriminators import ProjectedDiscriminator, VGGMaps, make_discriminator
 from pantarhei.networks.lora import add_lora, split_lora
 from pantarhei.networks.mlp import MLP, MLPConfig
 from pantarhei.networks.ncsnpp import NCSNpp, NCSNppConfig
@@ -75,12 +76,15 @@ __all__ = [
     "NCSNppConfig",
     "Pair",
     "PairConfig",
+    "ProjectedDiscriminator",
     "SiT",
     "SiTConfig",
     "SongUNet",
     "SongUNetConfig",
     "UNet",
     "UNetConfig",
+    "VGGMaps",
     "build",
+    "make_discriminator",
     "spec_of",
 ]

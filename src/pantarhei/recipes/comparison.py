@@ -37,8 +37,8 @@ from pantarhei.straighten import (
 )
 from pantarhei.straighten.first_order import clean_end
 from pantarhei.straighten.pairs import pair_stream
-from pantarhei.straighten.rectified_flow_plus_plus import linear_student, name_of
-from pantarhei.straighten.trajectories import Kind
+from pantarhei.straighten.students import linear_student, name_of
+from pantarhei.straighten.trajectory_students import Kind
 from pantarhei.training import FlowTask, Optimization, train
 
 PAIR_SHARE = 0.4  # of the budget, at most, that goes into pairs

@@ -38,8 +38,8 @@ from pantarhei.straighten.stores import (
 )
 from pantarhei.straighten.straightness import COSTS, Straightness, straightness, transport_costs
 from pantarhei.straighten.students import LowRank
-from pantarhei.straighten.trajectories import distil_trajectory, trajectory_student, trajectory_task
 from pantarhei.straighten.trajectory_matching import TrajectoryMatching
+from pantarhei.straighten.trajectory_students import distil_trajectory, trajectory_student, trajectory_task
 from pantarhei.straighten.trajectory_task import TrajectoryTask
 from pantarhei.straighten.tuned_grids import tuned_grid
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pantarhei.naming import unknown
+from pantarhei.straighten.jump_times import JumpTimes
 from pantarhei.training import Optimization
 
 DISCRIMINATOR = Optimization(lr=2e-3, optimizer="radam", betas=(0.5, 0.9), clip=None)
@@ -22,6 +25,9 @@ class Adversarial:
         weight: of the term, times its adaptive weight.
         after: iterations of training without it; the paper's second phase.
         limits: of its adaptive weight.
+        shows: what is judged false: the "estimate" of the comparison, or the student's own "jump" to the data end.
+        times: law of jumps of its own for what is judged; those of the comparison where none is given. The published
+            training on ImageNet has one with `favour_long=False`.
         augment: show the discriminator augmented images (Zhao et al. 2006.10738), or it learns few real data by heart.
         optimization: of the discriminator.
     """
@@ -30,6 +36,8 @@ class Adversarial:
     weight: float = 1.0
     after: int = 0
     limits: tuple[float, float] = (0.01, 10.0)
+    shows: Literal["estimate", "jump"] = "estimate"
+    times: JumpTimes | None = None
     augment: bool = True
     optimization: Optimization = field(default_factory=lambda: DISCRIMINATOR)
 
@@ -39,6 +47,9 @@ class Adversarial:
                 f"adversarial: weight > 0, after >= 0 and rising limits are needed, got {self.weight:g}, {self.after}, "
                 f"{self.limits}"
             )
+
+        if self.shows not in ("estimate", "jump"):
+            raise ValueError(unknown("shows", self.shows, ["estimate", "jump"]))
 
     def shown(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """What the discriminator sees of samples."""

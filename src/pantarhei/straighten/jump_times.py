@@ -8,12 +8,11 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pantarhei.flow import Flow
 from pantarhei.flow.affine import AffinePath
-from pantarhei.flow.grids import EDM_LEVELS, Grid, GridName, make_grid
-from pantarhei.flow.times import TimeLaw
+from pantarhei.flow.grids import Grid, GridName, make_grid
 from pantarhei.naming import unknown
 
 Span = Literal["soft", "local", "global"]
@@ -187,39 +186,46 @@ def noise_levels(path: AffinePath, times: Grid) -> list[float]:
     return (path.sigma(at) / path.alpha(at).clamp_min(1e-30)).clamp(1e-6, 1e4).tolist()
 
 
-@dataclass(frozen=True)
-class DenoisingTimes(TimeLaw):
-    """Times of the denoising term of CTM (2310.02279, code): half of them EDM's, half noisier.
+class Curriculum:
+    """Grids that get finer while a consistency model trains without a teacher.
 
-    ln(sigma / alpha) is normal in one half; the other is uniform in the first `share` of EDM's grid, which spans the levels
-    80 to 0.32 with 0.7.
+    "ict" doubles 10 intervals to 1,280 (Song & Dhariwal 2310.14189, section 3.4), "ct" grows from 1 to 150 with the root of
+    time (Song et al. 2303.01469, appendix C: N from s0 = 2 to s1 + 1 = 151 times).
 
-    Attributes:
-        path: where the levels become times.
-        interval: of the flow; levels beyond it are kept at its ends.
-        mean, deviation: of the normal law.
-        share: of the grid.
-        rho: its exponent.
+    Args:
+        flow: whose grids these are.
+        kind: "ct" or "ict".
+        iterations: training length.
     """
 
-    path: AffinePath
-    interval: tuple[float, float]
-    mean: float = -1.2
-    deviation: float = 1.2
-    share: float = 0.7
-    rho: float = 7.0
+    def __init__(self, flow: Flow, kind: str, iterations: int):
+        if iterations < 1:
+            raise ValueError(f"iterations: must be at least 1, got {iterations}")
+        self._flow, self._kind, self._iterations = flow.like(nn.Identity()), kind, iterations
+        self._made: dict[int, JumpTimes] = {}
 
-    def quantile(self, u: Tensor) -> Tensor:
-        """The first half of u for the noisy half of the law; as a fraction of the interval."""
-        wide = u.double()
-        low, high = (level ** (1 / self.rho) for level in EDM_LEVELS)
-        noisy = (high + (2 * wide).clamp(max=1) * self.share * (low - high)) ** self.rho
-        normal = torch.special.ndtri((2 * wide - 1).clamp(1e-6, 1 - 1e-6))
-        level = torch.where(wide < 0.5, noisy, torch.exp(self.mean + self.deviation * normal))
-        first, last = self.interval
-        t = self.path.time_at(1 / level).clamp(first, last)
-        return ((t - first) / (last - first)).to(u.dtype)
+    def intervals(self, iteration: int) -> int:
+        """Intervals of the grid at an iteration, counted from 0."""
+        done = min(iteration / self._iterations, 1.0)
+        if self._kind == "ict":
+            first, last = 10, 1280
+            doublings = math.floor(done * (math.log2(last / first) + 1))
+            return min(first * 2**doublings, last)
+        first, last = 2, 150
+        return math.ceil(math.sqrt(done * ((last + 1) ** 2 - first**2) + first**2) - 1)
 
-    def pdf(self, t: Tensor) -> Tensor:
-        """Not known in closed form."""
-        raise ValueError("times: this law has no closed density")
+    def spec(self) -> dict[str, Any]:
+        """As data; a longer training may go on with it, laid out anew."""
+        return {"curriculum": self._kind}
+
+    def __call__(self, iteration: int) -> JumpTimes:
+        """The law of jumps at an iteration."""
+        count = self.intervals(iteration) + 1
+        if count not in self._made:
+            self._made[count] = one_interval(self._flow, self._kind, count)
+        return self._made[count]
+
+
+def one_interval(flow: Flow, kind: str, count: int) -> JumpTimes:
+    """The law of a consistency model of a kind ("cd", "ct", "ict"): one interval of the grid, and on to the data end."""
+    return jump_times(flow, count, normal=(-1.1, 2.0) if kind == "ict" else None, span="local", to_end=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from pantarhei.flow.objectives import draw_pairs, draw_times, drop_conditions
 from pantarhei.flow.times import TimeLaw, Uniform
 from pantarhei.flow.trajectory import TrajectoryModel
 from pantarhei.solve.state import per_row
+from pantarhei.straighten.stores import check_data
+from pantarhei.training import FlowTask
 from pantarhei.training.task import unwrapped
 
 
@@ -114,3 +117,31 @@ def _slope(
     tangents = (velocity, torch.ones_like(t), torch.zeros_like(s))
     moved: Any = torch.func.jvp(_mean_velocity(plain, condition), (x, t, s), tangents)
     return moved[1]
+
+
+class MeanFlowTask(FlowTask):
+    """Train mean velocities.
+
+    Args:
+        model: a trajectory model with the head "mean-velocity".
+        objective: its loss.
+        data, options: see `FlowTask`.
+
+    Raises:
+        ValueError: pairs that a rectified teacher needs are not there.
+    """
+
+    def __init__(self, model: TrajectoryModel, objective: MeanFlow, data: Any, **options: Any):
+        super().__init__(model, objective, data, **options)
+        self.teacher = objective.teacher
+        check_data(objective.teacher, self.data)
+
+    def config(self) -> dict[str, Any]:
+        """Flow, network, and what is learned, as data: resuming compares them."""
+        of: Any = self.objective
+        learned = {name: getattr(of, name) for name in ("guidance", "share", "power", "constant", "dropout")}
+        return {**super().config(), "jumps": {**learned, "teacher": self.teacher is not None, "times": of.times.spec()}}
+
+    def preview(self, folder: Path, iteration: int) -> None:
+        """Samples of one jump."""
+        self._draw_preview(folder, iteration, steps=1)

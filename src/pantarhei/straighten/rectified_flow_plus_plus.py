@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pantarhei.flow import Flow, FlowMatching, PseudoHuber, Term, on_path, squared
+from pantarhei.flow import Flow, FlowMatching, PseudoHuber, Term
 from pantarhei.flow.couplings import Pairs
 from pantarhei.flow.metrics import Premetric
 from pantarhei.flow.objectives import LossTerm
-from pantarhei.flow.predictions import EDMPreconditioned
 from pantarhei.flow.times import TimeLaw, UShaped
 from pantarhei.straighten.reflow import check_reflow
 from pantarhei.straighten.stores import PairSource, check_pairs, split_pairs
-from pantarhei.straighten.students import LowRank, make_student
+from pantarhei.straighten.students import LowRank, linear_student, make_student, name_of
 from pantarhei.training import FlowTask, Optimization
 
 EDGE = 1e-5  # how near the data end a weight 1 / (1 - t) may come
@@ -82,31 +80,6 @@ def plus_plus_terms(metric: Premetric, perceptual: Premetric | None, divided: bo
         Term("velocity", metric, weight=_time, name="velocity"),
         Term("data", perceptual, weight=_divided if divided else 1.0, name="perceptual"),
     )
-
-
-def linear_student(flow: Flow) -> Flow:
-    """The flow on the linear path, over all times that its prediction can have there.
-
-    An EDM teacher knows t from 1/81 on (sigma = 80) where the student starts at 0; there it is told the noisiest label it
-    knows, so that nothing is extrapolated.
-    """
-    moved = on_path(flow)
-    prediction = moved.prediction
-    if isinstance(prediction, EDMPreconditioned):
-        first = max(moved.interval[0], 1e-5)
-        prediction = replace(prediction, largest=min(prediction.largest, (1 - first) / first))
-    interval = prediction.interval(moved.path)
-    return moved.like(moved.network, predicts=prediction, interval=interval, starts_scaled=interval[0] > 0)
-
-
-def name_of(metric: Premetric) -> str:
-    """What a metric is called in a model card."""
-    if metric is squared:
-        return "squared"
-    if isinstance(metric, PseudoHuber):
-        unit = " elementwise" if metric.elementwise else " sqrt(D)" if metric.root else " D"
-        return f"pseudo-Huber, c = {metric.c:g}{unit}"
-    return str(getattr(metric, "name", getattr(metric, "__name__", type(metric).__name__)))
 
 
 def _time(t: Tensor) -> Tensor:

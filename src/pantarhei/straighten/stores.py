@@ -344,3 +344,16 @@ def _array(path: Path) -> np.ndarray:
     if array.dtype != np.float32 or array.ndim < 2 or not len(array):
         raise ValueError(f"{path}: expected float32 of shape (N, ...), got {array.dtype} {array.shape}")
     return array
+
+
+def check_data(teacher: Flow | None, data: Source) -> None:
+    """Refuse plain data where the teacher's noise and data belong together.
+
+    Raises:
+        ValueError: it was rectified, and the data bring no noise.
+    """
+    if teacher is None:
+        return
+    reason = teacher.provenance.why_not_marginal()
+    if reason is not None and "x0" not in data.fetch(torch.arange(1)):
+        raise ValueError(f"data: {reason}; give pairs of it (straighten.make_pairs) instead of plain data")

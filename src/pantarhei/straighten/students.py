@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from pantarhei.data.seeds import mix
-from pantarhei.flow import Flow
+from pantarhei.flow import Flow, PseudoHuber, on_path, squared
+from pantarhei.flow.metrics import Premetric
 from pantarhei.flow.paths import Numbered
-from pantarhei.flow.predictions import Elsewhere
+from pantarhei.flow.predictions import EDMPreconditioned, Elsewhere
 from pantarhei.networks.diffusers_adapters import TARGETS, adapt
 from pantarhei.networks.diffusers_models import HALVES, DiffusersNetwork
 from pantarhei.networks.lora import add_lora, merge_lora
@@ -94,3 +95,28 @@ def train_low_rank(network: nn.Module, low_rank: LowRank) -> None:
             adapt(network, low_rank.rank, low_rank.alpha, targets or TARGETS)
         else:
             add_lora(network, low_rank.rank, low_rank.alpha, targets)
+
+
+def linear_student(flow: Flow) -> Flow:
+    """The flow on the linear path, over all times that its prediction can have there.
+
+    An EDM teacher knows t from 1/81 on (sigma = 80) where the student starts at 0; there it is told the noisiest label it
+    knows, so that nothing is extrapolated.
+    """
+    moved = on_path(flow)
+    prediction = moved.prediction
+    if isinstance(prediction, EDMPreconditioned):
+        first = max(moved.interval[0], 1e-5)
+        prediction = replace(prediction, largest=min(prediction.largest, (1 - first) / first))
+    interval = prediction.interval(moved.path)
+    return moved.like(moved.network, predicts=prediction, interval=interval, starts_scaled=interval[0] > 0)
+
+
+def name_of(metric: Premetric) -> str:
+    """What a metric is called in a model card."""
+    if metric is squared:
+        return "squared"
+    if isinstance(metric, PseudoHuber):
+        unit = " elementwise" if metric.elementwise else " sqrt(D)" if metric.root else " D"
+        return f"pseudo-Huber, c = {metric.c:g}{unit}"
+    return str(getattr(metric, "name", getattr(metric, "__name__", type(metric).__name__)))

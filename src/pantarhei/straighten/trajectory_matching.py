@@ -25,6 +25,7 @@ from pantarhei.straighten.jump_times import JumpDraw
 
 Waypoint = Literal["teacher", "self", "self-steps", "data"]
 Follower = Literal["student", "average"]
+Weight = Literal["uniform", "snr", "snr+1", "karras", "truncated-snr", "root", "length", "interval"]
 # Weights of rows, from sigma / alpha at t, u and s.
 WEIGHTS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "uniform": lambda t, u, s, sd: torch.ones_like(t),

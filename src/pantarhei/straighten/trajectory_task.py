@@ -17,9 +17,10 @@ from pantarhei.flow.objectives import draw_pairs, drop_conditions
 from pantarhei.flow.trajectory import TrajectoryModel
 from pantarhei.networks.second_time import last_layer
 from pantarhei.straighten.adversarial import Adversarial, discriminator_loss, generator_loss
-from pantarhei.straighten.jump_times import JumpTimes
-from pantarhei.straighten.rectified_flow_plus_plus import name_of
-from pantarhei.straighten.trajectory_matching import Compared, TrajectoryMatching
+from pantarhei.straighten.jump_times import JumpDraw, JumpTimes
+from pantarhei.straighten.stores import check_data
+from pantarhei.straighten.students import name_of
+from pantarhei.straighten.trajectory_matching import Compared, TrajectoryMatching, to_data
 from pantarhei.training import FlowTask, Optimization
 from pantarhei.training.task import Trained, Update, held, slope, unwrapped
 
@@ -31,7 +32,7 @@ class TrajectoryTask(FlowTask):
 
     The loss is E[matching] + w_d lambda_d E[denoising] + w_a lambda_a E[adversarial] (Kim et al. 2310.02279, section 3),
     where an adaptive lambda is |grad matching| / (|grad other| + 1e-4), both gradients those of the network's last layer
-    (Esser et al. 2012.09841), kept below 1e4.
+    (Esser et al. 2012.09841), kept below 1e4; each process and micro-batch weighs by its own.
 
     Args:
         model: the student, trained in place.
@@ -81,11 +82,11 @@ class TrajectoryTask(FlowTask):
         self.matching, self.denoising, self.adversarial = matching, denoising, adversarial
         self.denoising_weight, self.adaptive, self.dropout = denoising_weight, adaptive, dropout
         self._times = times
-        self.teacher = matching.teacher  # a submodule, so that it moves to the device
+        self.teacher = matching.teacher
         if adversarial is not None:
             self.discriminator = adversarial.discriminator
             self.groups = {**self.groups, "discriminator": Trained(("discriminator",), adversarial.optimization)}
-        check_pairs_where_needed(matching.teacher, self.data)
+        check_data(matching.teacher, self.data)
         self._truth: tuple[Tensor, Tensor, Condition | None] | None = None
 
     @property
@@ -100,12 +101,14 @@ class TrajectoryTask(FlowTask):
 
     def updates(self, batch: dict[str, Tensor], generator: torch.Generator) -> Iterator[Update]:
         """The student's update, and the discriminator's."""
-        model, average = self.model, self._average_model()
+        batch = {**batch, "x1": self.model.encode(batch["x1"])}  # once, for both terms
+        model, average = self._models()
         _, x0, x1, condition = draw_pairs(model, batch, Independent(), None, generator)
         condition = drop_conditions(condition, self.dropout, x1, generator)
         wide = torch.promote_types(x1.dtype, torch.float32)
         draw = self.times().draw(len(x1), generator, self.shared, device=x1.device, dtype=wide)
-        compared = self.matching.compare(model, average, draw, x0, x1, condition)
+        with self.autocast():  # teacher and average, too
+            compared = self.matching.compare(model, average, draw, x0, x1, condition)
         distance = self.matching.loss(model, draw, compared).mean()
         playing = self.adversarial is not None and self.iteration >= self.adversarial.after
         # The gradient of the landing once: the graph through the average's jump is left before the student's is walked.
@@ -119,20 +122,45 @@ class TrajectoryTask(FlowTask):
             total = total + self.denoising_weight * weight * term
             log |= {"denoising": term.detach(), "denoising_weight": weight}
         if playing:
-            term = self._played(compared, generator)
+            shown = self._shown(compared, draw, x0, x1, condition, generator)
+            term = self._played(shown, generator)
             weight = self._weight(norm, term, self.adversarial.limits)  # type: ignore[union-attr]
             total = total + self.adversarial.weight * weight * term  # type: ignore[union-attr]
             log |= {"adversarial": term.detach(), "adversarial_weight": weight}
         yield Update(total, "network", log)
         if playing:
-            yield self._judged(compared.estimate.detach(), x1, generator)
+            yield self._judged(shown.sample.detach(), x1, generator)
 
-    def _played(self, compared: Compared, generator: torch.Generator) -> Tensor:
+    def _shown(
+        self,
+        compared: Compared,
+        draw: JumpDraw,
+        x0: Tensor,
+        x1: Tensor,
+        condition: Condition | None,
+        generator: torch.Generator,
+    ) -> Shown:
+        """What the discriminator is shown of the student."""
+        assert self.adversarial is not None
+        of = self.adversarial
+        if of.times is None and of.shows == "estimate":
+            return Shown(compared.estimate, compared.landing)
+        model, average = self._models()
+        if of.times is not None:
+            draw = of.times.draw(len(x1), generator, self.shared, device=x1.device, dtype=draw.s.dtype)
+        s = draw.s if of.shows == "estimate" else draw.s.new_tensor(model.interval[1])
+        x = model.path.sample(x0, x1, None, draw.t)[0]
+        with self.autocast():
+            landing = model.land(x, draw.t, s, condition)
+            sample = to_data(average, landing, s, condition) if of.shows == "estimate" else landing
+        return Shown(sample, landing)
+
+    def _played(self, shown: Shown, generator: torch.Generator) -> Tensor:
         """The student's adversarial loss, with the gradient of its landing."""
         assert self.adversarial is not None
         with held(self.discriminator) as judge:
-            term = generator_loss(judge(self.adversarial.shown(compared.estimate, generator)))
-        return _carried(term, slope(term, compared.landing, keep=False), compared.landing)
+            term = generator_loss(judge(self.adversarial.shown(shown.sample, generator)))
+        return _carried(term, slope(term, shown.landing, keep=False), shown.landing)
 
     def _judged(self, fake: Tensor, real: Tensor, generator: torch.Generator) -> Update:
         """The discriminator's update."""
@@ -156,20 +184,22 @@ class TrajectoryTask(FlowTask):
     ) -> Tensor | float:
         return 1.0 if norm is None else adaptive_weight(norm, self._norm(term), limits)
 
-    def _average_model(self) -> TrajectoryModel:
-        """The student around its average; made once, and not a submodule."""
-        made = self.__dict__.get("_around_average")
-        if made is None:
-            made = self.__dict__["_around_average"] = (self.result(),)
-        model: Any = made[0]
-        return model
+    def _models(self) -> tuple[TrajectoryModel, TrajectoryModel]:
+        """Student and average in the flow's own space, where data are encoded already; not submodules."""
+        made = self.__dict__.get("_of_latents")
+        if made is None or made[0].network is not self.flow.network:  # the training loop wraps it
+            models: tuple[Any, Any] = (self.flow.like(self.flow.network), self.result())
+            for model in models:
+                model.codec = None
+            made = self.__dict__["_of_latents"] = models
+        return made
 
     @torch.no_grad()
     def validate(self) -> float | None:
         """Mean squared distance of one jump from noise to where the teacher leads; none without a teacher."""
         if self.teacher is None or self.flow.shape is None:
             return None
-        model = self._average_model()
+        _, model = self._models()
         if self._truth is None:
             data = self.held_out or self.data
             self._truth = _teacher_samples(self.teacher, self.matching.guidance, data, model.dtype)
@@ -197,7 +227,12 @@ class TrajectoryTask(FlowTask):
         }
         if playing is not None:
             name = type(playing.discriminator).__name__
-            learned["adversarial"] = {"discriminator": name, "weight": playing.weight, "after": playing.after}
+            learned["adversarial"] = {
+                "discriminator": name,
+                "weight": playing.weight,
+                "after": playing.after,
+                "shows": playing.shows,
+            }
         return {**super().config(), "jumps": learned}
 
     def preview(self, folder: Path, iteration: int) -> None:
@@ -213,6 +248,13 @@ def slope_norm(term: Tensor, layer: Tensor) -> Tensor:
 def adaptive_weight(norm: Tensor, other: Tensor, limits: tuple[float, float] = (0.0, LARGEST)) -> Tensor:
     """norm / (other + 1e-4), within limits: what makes another term's gradient as long as the first one's."""
     return (norm / (other + SMALLEST)).clamp(*limits).detach()
+
+
+class Shown(NamedTuple):
+    """Samples for the discriminator, and the student's landing that they were made of."""
+
+    sample: Tensor
+    landing: Tensor
 
 
 class Truth(NamedTuple):
@@ -242,16 +284,3 @@ def _carried(term: Tensor, along: Tensor, landing: Tensor) -> Tensor:
     """A number of the term's value with its gradient, which is that of <along, landing>."""
     product = (along * landing).sum()
     return term.detach() + product - product.detach()
-
-
-def check_pairs_where_needed(teacher: Flow | None, data: Any) -> None:
-    """Refuse plain data where the teacher's noise and data belong together.
-
-    Raises:
-        ValueError: it was rectified, and the data bring no noise.
-    """
-    if teacher is None:
-        return
-    reason = teacher.provenance.why_not_marginal()
-    if reason is not None and "x0" not in data.fetch(torch.arange(1)):
-        raise ValueError(f"data: {reason}; give pairs of it (straighten.make_pairs) instead of plain data")

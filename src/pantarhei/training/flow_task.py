@@ -30,6 +30,9 @@ class FlowTask(Task):
         optimization: optimiser settings.
         average: decay of the moving average that is used for sampling; 0 for none.
         warmup_average: whether the average's decay warms up.
+
+    Attributes:
+        teacher: a frozen flow that the objective asks, where there is one; a submodule, so that it moves to the device.
     """
 
     validation_batch = 128
@@ -54,12 +57,20 @@ class FlowTask(Task):
         self.data = as_source(data)
         self.held_out = None if held_out is None else as_source(held_out)
         self.groups = {"network": Trained(("flow.network",), optimization or Optimization())}
+        self.teacher: Flow | None = None
         self.average = Average(flow.network, average, warmup_average) if average else None
         self.averages = {"average": "flow.network"} if average else {}
 
     def result(self) -> Flow:
         """The flow to use: around the average where there is one."""
         return self.flow if self.average is None else self.flow.like(self.average.network)
+
+    def train(self, mode: bool = True) -> FlowTask:
+        """Training or evaluation mode of all but the teacher, which is always asked in evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
     def updates(self, batch: dict[str, Tensor], generator: torch.Generator) -> Iterator[Update]:
         """One update: the objective's loss."""

@@ -210,7 +210,7 @@ class Trainer:
             "own": seeded(seed, self.rank, 13, device=device),
             "shared": seeded(seed, 14, device=device),
         }
-        self.task.shared = self.generators["shared"]
+        self.task.shared, self.task.autocast = self.generators["shared"], self.fabric.autocast
 
     def _wrap(self) -> None:
         """Move, shard and wrap the networks where they stand; build the optimisers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -125,6 +125,7 @@ class Task(nn.Module):
         data: where batches come from (a data source).
         iteration: number of the current iteration, from 0; set by the loop.
         shared: a generator that draws the same on every process; set by the loop.
+        autocast: makes the context of the run's precision, for networks that the loop does not wrap; set by the loop.
     """
 
     groups: Mapping[str, Trained]
@@ -132,11 +133,12 @@ class Task(nn.Module):
     data: Any
     iteration: int
     shared: torch.Generator | None
+    autocast: Callable[[], AbstractContextManager[Any]]
 
     def __init__(self) -> None:
         super().__init__()
         self.groups, self.averages, self.data = {}, {}, None
-        self.iteration, self.shared = 0, None
+        self.iteration, self.shared, self.autocast = 0, None, nullcontext
 
     def updates(self, batch: dict[str, Tensor], generator: torch.Generator) -> Iterator[Update]:
         """Yield the updates of one batch; what follows a yield sees the stepped weights."""

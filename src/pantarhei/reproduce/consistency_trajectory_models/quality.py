@@ -28,7 +28,7 @@ from pantarhei.reproduce.consistency_trajectory_models.teachers import (
 )
 from pantarhei.reproduce.training import run, small_mlp
 from pantarhei.straighten import Adversarial, trajectory_student, trajectory_task
-from pantarhei.straighten.trajectories import denoising_objective
+from pantarhei.straighten.denoising_term import denoising_objective
 from pantarhei.training import FlowTask, Optimization
 
 LENGTHS = (1000, 4000)

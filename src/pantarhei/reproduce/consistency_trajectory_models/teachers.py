@@ -19,7 +19,7 @@ from pantarhei.reproduce.claims import Settings
 from pantarhei.reproduce.rectified_diffusion.teachers import unlabelled
 from pantarhei.reproduce.training import fit, run, small_mlp
 from pantarhei.straighten import trajectory_task
-from pantarhei.straighten.trajectories import Kind
+from pantarhei.straighten.trajectory_students import Kind
 from pantarhei.training import Optimization
 
 MODES, RADIUS, SPREAD = 8, 0.7, 0.03

@@ -24,7 +24,7 @@ from pantarhei.reproduce.rectified_flow_plus_plus.setups import (
 )
 from pantarhei.reproduce.training import run
 from pantarhei.straighten import PairSource, make_pairs, plus_plus_task
-from pantarhei.straighten.rectified_flow_plus_plus import linear_student
+from pantarhei.straighten.students import linear_student
 
 
 @torch.no_grad()

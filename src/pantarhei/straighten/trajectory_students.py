@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pantarhei.flow import Flow, FlowMatching, PseudoHuber, Term, evaluation_mode, squared
-from pantarhei.flow.estimates import Estimates
+from pantarhei.flow import Flow, PseudoHuber
 from pantarhei.flow.heads import CTM, Consistency, Head, MeanVelocity, Outer, Scaling, build_head
 from pantarhei.flow.metrics import Premetric
-from pantarhei.flow.objectives import Draw, LossTerm
-from pantarhei.flow.predictions import EDMPreconditioned, Prediction, build_prediction
-from pantarhei.flow.times import Uniform
+from pantarhei.flow.predictions import Prediction, build_prediction
 from pantarhei.flow.trajectory import TrajectoryModel
 from pantarhei.naming import unknown
 from pantarhei.networks.second_time import with_second_time
 from pantarhei.straighten.adversarial import Adversarial
-from pantarhei.straighten.jump_times import DenoisingTimes, JumpTimes, Span, jump_times
-from pantarhei.straighten.mean_flow import MeanFlow
-from pantarhei.straighten.rectified_flow_plus_plus import linear_student, name_of
+from pantarhei.straighten.denoising_term import denoising_objective
+from pantarhei.straighten.jump_times import Curriculum, JumpTimes, Span, jump_times, one_interval
+from pantarhei.straighten.mean_flow import MeanFlow, MeanFlowTask
 from pantarhei.straighten.reflow import check_reflow
-from pantarhei.straighten.students import LowRank, make_student, train_low_rank
+from pantarhei.straighten.students import LowRank, linear_student, make_student, name_of, train_low_rank
 from pantarhei.straighten.trajectory_matching import TrajectoryMatching, Waypoint
-from pantarhei.straighten.trajectory_task import TrajectoryTask, check_pairs_where_needed
+from pantarhei.straighten.trajectory_task import TrajectoryTask
 from pantarhei.training import FlowTask, Optimization, train
 
 Kind = Literal["ctm", "cd", "ct", "ict", "meanflow"]
@@ -136,7 +130,7 @@ def trajectory_task(
         outer: of "ctm", see `heads.CTM`.
         scaling: of consistency models, see `heads.Consistency`; "boundary" is that of the published files.
         metric: compares at the data end: pseudo-Huber with c = 0.00054 sqrt(D) by default.
-        weight: of rows, see `TrajectoryMatching`: "uniform", and "interval" for "ict".
+        weight: of rows, see `TrajectoryMatching`; "uniform" by default, "interval" for "ict".
         denoising: weight of the denoising term of "ctm"; 0 leaves it out.
         adaptive, adversarial: see `TrajectoryTask`.
         waypoint: of "ctm" without a teacher: "self" (one jump of the average) or "self-steps".
@@ -149,19 +143,8 @@ def trajectory_task(
     Raises:
         ValueError: the flow cannot be a teacher, an unknown kind, or settings that do not go with it.
     """
-    if kind not in KINDS:
-        raise ValueError(unknown("kind", kind, KINDS))
     alone = without_teacher or kind in ("ct", "ict")
-    if kind == "cd" and without_teacher:
-        raise ValueError("without_teacher: consistency distillation has one; without a teacher take 'ct' or 'ict'")
-    if denoising < 0:
-        raise ValueError(f"denoising: a weight must not be negative, got {denoising:g}")
-    if kind != "ctm" and denoising not in (0, 1.0):
-        raise ValueError(f"denoising: goes with 'ctm', '{kind}' has no such term")
-    if kind == "meanflow" and adversarial is not None:
-        raise ValueError("adversarial: mean velocities land nowhere while they learn; it goes with the other kinds")
-    if guidance != 1.0 and alone and kind != "meanflow":
-        raise ValueError(f"guidance: is that of a teacher, which {kind} has not here; got {guidance:g}")
+    _check(kind, without_teacher, alone, denoising, adversarial, guidance)
     drawn = isinstance(times, JumpTimes)
     of_ctm = {"outer": outer != "euler", "waypoint": waypoint is not None and not alone}
     of_ctm |= {"span": span != "soft", "longest": longest is not None, "per_row": per_row}
@@ -172,10 +155,10 @@ def trajectory_task(
     notes: dict[str, Any] = {"method": kind}
     if guidance != 1.0:
         notes |= {"guidance_of_teacher": guidance, "guidance": 1.0}  # built in: none is needed in sampling
-    if kind != "meanflow":
-        notes["metric"] = name_of(metric)
     if kind == "meanflow":
         flow = linear_student(flow)  # elsewhere velocities are as large as the noise
+    else:
+        notes["metric"] = name_of(metric)
     heads: dict[str, Head] = {"ctm": CTM(outer), "meanflow": MeanVelocity()}
     student = trajectory_student(
         flow,
@@ -195,10 +178,7 @@ def trajectory_task(
         "average": average,
     }
     if kind == "meanflow":
-        objective = MeanFlow(teacher=frozen, guidance=guidance, dropout=dropout)
-        task = MeanFlowTask(student, objective, data, **common)
-        check_pairs_where_needed(frozen, task.data)
-        return task
+        return MeanFlowTask(student, MeanFlow(teacher=frozen, guidance=guidance, dropout=dropout), data, **common)
     matching = TrajectoryMatching(
         waypoint="teacher" if not alone else waypoint or ("self" if kind == "ctm" else "data"),
         teacher=frozen,
@@ -207,15 +187,16 @@ def trajectory_task(
         metric=metric,
         weight=weight or ("interval" if kind == "ict" else "uniform"),
     )
-    law: JumpTimes | Callable[[int], JumpTimes]
+    law: JumpTimes | Curriculum
+    count = 18 if times is None or isinstance(times, JumpTimes) else times
     if isinstance(times, JumpTimes):
         law = times
     elif kind == "ctm":
-        law = jump_times(student, 18 if times is None else times, span=span, longest=longest, per_row=per_row)
-    elif kind == "cd":
-        law = jump_times(student, 18 if times is None else times, span="local", to_end=True)
+        law = jump_times(student, count, span=span, longest=longest, per_row=per_row)
+    elif kind == "cd" or times is not None:
+        law = one_interval(student, kind, count)
     else:
-        law = Curriculum(student, kind, iterations) if times is None else _local(student, kind, times)
+        law = Curriculum(student, kind, iterations)
     return TrajectoryTask(
         student,
         matching,
@@ -230,106 +211,22 @@ def trajectory_task(
     )
 
 
-def denoising_objective(
-    model: TrajectoryModel, teacher: Flow | None = None, guidance: float = 1.0, dropout: float = 0.0
-) -> FlowMatching:
-    """The denoising term at s = t: EDM's loss at the published times, or flow matching at uniform ones.
-
-    Args:
-        model: the student.
-        teacher, guidance: where the student has guidance built in, its estimate is compared with the guided teacher's: that
-            of data would pull the other way.
-        dropout: how often a condition is dropped.
-    """
-    law = DenoisingTimes(model.path, model.interval) if isinstance(model.prediction, EDMPreconditioned) else Uniform()
-    terms: tuple[LossTerm, ...] = (Term(),)
-    if teacher is not None and guidance != 1.0:
-        terms = (TowardsTeacher(teacher, guidance),)
-    return FlowMatching(times=law, terms=terms, dropout=dropout)
-
-
-@dataclass(frozen=True)
-class TowardsTeacher:
-    """A term of flow matching whose target is what a guided teacher estimates.
-
-    Attributes:
-        teacher: frozen, on the student's path.
-        guidance: its guidance.
-    """
-
-    teacher: Flow
-    guidance: float
-    name = "towards_teacher"
-
-    def __call__(self, flow: Flow, draw: Draw, output: Tensor) -> Tensor:
-        """Mean squared error of the network's own target, (B,)."""
-        with torch.no_grad(), evaluation_mode(self.teacher.network):
-            ends = Estimates(self.teacher, self.guidance, ()).ends(draw.x_t, draw.t, draw.condition)
-            target = flow.prediction.target(flow.path, ends.noise, ends.data, draw.t)
-        return squared(output, target)
-
-
-class MeanFlowTask(FlowTask):
-    """A flow task whose objective may ask a frozen teacher, and whose samples are jumps."""
-
-    def __init__(self, model: TrajectoryModel, objective: MeanFlow, data: Any, **options: Any):
-        super().__init__(model, objective, data, **options)
-        self.teacher = objective.teacher  # a submodule, so that it moves to the device
-
-    def config(self) -> dict[str, Any]:
-        """Flow, network, and what is learned, as data: resuming compares them."""
-        of: Any = self.objective
-        learned = {name: getattr(of, name) for name in ("guidance", "share", "power", "constant", "dropout")}
-        return {**super().config(), "jumps": {**learned, "teacher": self.teacher is not None, "times": of.times.spec()}}
-
-    def preview(self, folder: Path, iteration: int) -> None:
-        """Samples of one jump."""
-        self._draw_preview(folder, iteration, steps=1)
-
-
-class Curriculum:
-    """Grids that get finer while a consistency model trains without a teacher.
-
-    "ict" doubles 10 intervals to 1,280 (Song & Dhariwal 2310.14189, section 3.4), "ct" grows from 1 to 150 with the root of
-    time (Song et al. 2303.01469, appendix C: N from s0 = 2 to s1 + 1 = 151 times).
-
-    Args:
-        model: whose grids these are.
-        kind: which of the two.
-        iterations: training length.
-    """
-
-    def __init__(self, model: TrajectoryModel, kind: Kind, iterations: int):
-        if iterations < 1:
-            raise ValueError(f"iterations: must be at least 1, got {iterations}")
-        self._flow, self._kind, self._iterations = model.like(nn.Identity()), kind, iterations
-        self._made: dict[int, JumpTimes] = {}
-
-    def intervals(self, iteration: int) -> int:
-        """Intervals of the grid at an iteration, counted from 0."""
-        done = min(iteration / self._iterations, 1.0)
-        if self._kind == "ict":
-            first, last = 10, 1280
-            doublings = math.floor(done * (math.log2(last / first) + 1))
-            return min(first * 2**doublings, last)
-        first, last = 2, 150
-        return math.ceil(math.sqrt(done * ((last + 1) ** 2 - first**2) + first**2) - 1)
-
-    def spec(self) -> dict[str, Any]:
-        """As data; a longer training may go on with it, laid out anew."""
-        return {"curriculum": self._kind}
-
-    def __call__(self, iteration: int) -> JumpTimes:
-        """The law of jumps at an iteration."""
-        count = self.intervals(iteration) + 1
-        if count not in self._made:
-            self._made[count] = _local(self._flow, self._kind, count)
-        return self._made[count]
-
-
-def _local(flow: Flow, kind: str, count: int) -> JumpTimes:
-    """One interval, and on to the data end."""
-    return jump_times(flow, count, normal=(-1.1, 2.0) if kind == "ict" else None, span="local", to_end=True)
+def _check(
+    kind: str, without_teacher: bool, alone: bool, denoising: float, adversarial: Adversarial | None, guidance: float
+) -> None:
+    """Refuse settings that a kind has not."""
+    if kind not in KINDS:
+        raise ValueError(unknown("kind", kind, KINDS))
+    if kind == "cd" and without_teacher:
+        raise ValueError("without_teacher: consistency distillation has one; without a teacher take 'ct' or 'ict'")
+    if denoising < 0:
+        raise ValueError(f"denoising: a weight must not be negative, got {denoising:g}")
+    if kind != "ctm" and denoising not in (0, 1.0):
+        raise ValueError(f"denoising: goes with 'ctm', '{kind}' has no such term")
+    if kind == "meanflow" and adversarial is not None:
+        raise ValueError("adversarial: mean velocities land nowhere while they learn; it goes with the other kinds")
+    if guidance != 1.0 and alone and kind != "meanflow":
+        raise ValueError(f"guidance: is that of a teacher, which {kind} has not here; got {guidance:g}")
 
 
 def distil_trajectory(
