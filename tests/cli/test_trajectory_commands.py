@@ -212,6 +212,20 @@ def test_a_small_comparison(plain, tmp_path, capsys, monkeypatch):
         assert arm in (tmp_path / "comparison.html").read_text()
 
 
+def test_a_trajectory_teacher_competes_with_its_own_jumps(folder, plain, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pantarhei.recipes.comparison.TRIAL", 0.05)
+    made = ["straighten", "trajectory", plain, "--out", folder / "jumps", "--points", 4, "--no-check", *SHORT]
+    assert run(*made) == 0
+    command = ["straighten", "compare", folder / "jumps", "--out", tmp_path, "--budget", 0.01, "--count", 50]
+    command += ["--evaluations", 1, 2, "--methods", "distillation", "rectified", "--threads", 1, "--no-check"]
+    assert run(*command, "--batch", 32) == 0
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    rows = [(row["arm"], row["evaluations"]) for row in found["rows"] if row["sampler"] == "jump"]
+    assert rows == [(arm, number) for arm in ("own jumps", "consistency distillation") for number in (1, 2)]
+    assert "its jumps go stale" in found["about"]["skipped"]["rectified flow++"]
+    assert not (tmp_path / "pairs").exists()
+
+
 # Mistakes
 
 
@@ -227,9 +241,11 @@ def test_mistakes_are_one_line(teacher, plain, students, tmp_path, capsys):
     refused(capsys, "denoising: a weight must not be negative", *base, "--denoising", -1)
     refused(capsys, "adversarial: weight > 0", *base, "--adversarial", "conv", "--adversarial-weight", 0)
     refused(capsys, "adversarial: ", *base, "--adversarial", "conv", "--kind", "meanflow")
-    refused(capsys, "--vgg: features of VGG16 need its weights", *base, "--adversarial", "vgg")
+    refused(capsys, "--vgg: a file of weights is needed for --adversarial vgg", *base, "--adversarial", "vgg")
     refused(capsys, "v.pth", *base, "--adversarial", "vgg", "--vgg", tmp_path / "v.pth")
-    refused(capsys, "needs two weight files", *base, "--metric", "lpips")
+    refused(capsys, "--vgg: a file of weights is needed for --metric lpips", *base, "--metric", "lpips")
+    refused(capsys, "--vgg: a file", *base, "--preset", "cifar10")
+    refused(capsys, "waypoint: goes with kind='ctm'", *base, "--kind", "cd", "--waypoint", "self")
     refused(capsys, "guidance: is that of a teacher", *base, "--kind", "ict", "--guidance", 2)
     refused(capsys, "no linear layer or convolution is named like attn", *base, "--rank", 2, "--targets", "attn")
     points = ["straighten", "trajectory", plain, *new, "--no-check", *SHORT]

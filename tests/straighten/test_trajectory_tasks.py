@@ -903,3 +903,105 @@ def test_refused_mean_flows():
     for wrong in ({"power": -1.0}, {"constant": 0.0}):
         with pytest.raises(ValueError, match="power, constant: "):
             MeanFlow(**wrong)
+
+
+# What is asked, in which mode and how often
+
+
+class Doubled(nn.Module):
+    """A codec that counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def encode(self, x):
+        self.calls += 1
+        return x / 2
+
+    def decode(self, x):
+        return 2 * x
+
+
+def test_data_are_encoded_once_a_batch():
+    codec = Doubled()
+    teacher = teacher_of(codec=codec)
+    task = trajectory_task(teacher, points(64), kind="ctm", times=6)
+    list(task.updates({"x1": points(8)}, seeded()))
+    assert codec.calls == 1
+    assert task.flow.codec is codec
+    assert task.result().codec is codec
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_teacher_and_average_compute_in_the_runs_precision(tmp_path, precision):
+    teacher = teacher_of(dtype=torch.float32)
+    seen = []
+    teacher.network.outputs.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    task = trajectory_task(teacher, points(64, torch.float32), kind="ctm", times=6)
+    task.average.network.outputs.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    pr.train(task, tmp_path, iterations=1, batch=8, precision=precision, **QUIET)
+    assert (torch.bfloat16 in seen) == (precision == "bf16")  # validation is in full precision
+
+
+@pytest.mark.parametrize("kind", ["ctm", "meanflow"])
+def test_training_leaves_the_teacher_in_evaluation_mode(tmp_path, kind):
+    teacher = teacher_of(dtype=torch.float32)
+    teacher.eval()
+    pr.train(trajectory_task(teacher, points(64, torch.float32), kind=kind), tmp_path, iterations=1, batch=8, **QUIET)
+    assert not teacher.network.training
+
+
+@pytest.mark.parametrize("shows", ["estimate", "jump"])
+@pytest.mark.parametrize("own", [False, True])
+def test_what_the_discriminator_is_shown(shows, own):
+    shown = []
+
+    class Judge(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, x):
+            shown.append(x.detach())
+            return self.weight * x.square().sum(dim=1, keepdim=True)
+
+    law = jump_times(model_of(), 5, favour_long=False) if own else None
+    task = grown(ctm_task(adversarial=Adversarial(Judge(), shows=shows, times=law), adaptive=False))
+    network, batch = task.flow.network, task.data.fetch(torch.arange(16))
+    if not own:
+        _, compared, x1 = by_hand(copy.deepcopy(task), batch, 3)
+        if shows == "jump":
+            assert not torch.allclose(compared.estimate, x1)
+    shown.clear()
+    update = next(task.updates(batch, seeded(3)))
+    assert torch.allclose(shown[0], compared.estimate) == (shows == "estimate") if not own else len(shown) == 1
+    # Its gradient is that of the whole way, by differences of the value.
+    alone = copy.deepcopy(task)
+    alone.adversarial = None
+    rest = next(alone.updates(batch, seeded(3)))
+    found = slopes_of(update.loss, network) - slopes_of(rest.loss, alone.flow.network)
+    named = [
+        p
+        for p, g in zip(
+            network.parameters(),
+            torch.autograd.grad(
+                next(task.updates(batch, seeded(3))).loss, list(network.parameters()), allow_unused=True
+            ),
+            strict=True,
+        )
+        if g is not None
+    ]
+    along = torch.randn(sum(p.numel() for p in named), generator=seeded(8), dtype=torch.float64)
+    values = []
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            for parameter, way in zip(named, along.split([p.numel() for p in named]), strict=True):
+                parameter += step * way.view_as(parameter)
+        values.append(float(next(task.updates(batch, seeded(3))).log["adversarial"]))
+    assert float(found @ along) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+
+
+def test_an_unknown_show():
+    with pytest.raises(ValueError, match="shows"):
+        Adversarial(make_discriminator((2,)), shows="nothing")

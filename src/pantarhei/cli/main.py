@@ -85,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(arguments)
     except (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError, ImportError) as error:
         return _fail(error, 2)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (OSError, MemoryError, FloatingPointError, RuntimeError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:

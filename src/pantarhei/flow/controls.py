@@ -71,8 +71,8 @@ def langevin(
     """A control of jumps: Langevin steps along the score (Kim et al. 2310.02279, appendix; Song et al. 2011.13456).
 
     After each jump that leaves noise the state moves by e g + sqrt(2 e) z, with g = score + scale * grad log p(y | x_t), z
-    standard normal and e = 2 (snr sigma)^2. The paper has |z| / |g| for sigma, which is its value in the mean over a batch of
-    images; row by row that breaks where a score vanishes, and over a batch samples depend on each other.
+    standard normal and e = 2 (snr sigma)^2. The papers have the mean of |z| / |g| over a batch for sigma,
+    which is its value where data are many-dimensional; taken row by row it breaks where a score vanishes.
 
     Args:
         flow: whose score it is: a trajectory model's own, or a better one's.
@@ -127,7 +127,7 @@ def known_part(
         time = torch.as_tensor(t, dtype=torch.float64)
         alpha, sigma = float(flow.path.alpha(time)), float(flow.path.sigma(time))
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        noisy = alpha * data + (sigma if sigma > CLEAN * alpha else 0.0) * noise
+        noisy = alpha * data + sigma * noise if sigma > CLEAN * alpha else data
         return x + project(noisy - x)
 
     return control

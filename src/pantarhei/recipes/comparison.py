@@ -16,7 +16,7 @@ import torch
 
 from pantarhei.data import Source
 from pantarhei.files import read_json, write_json
-from pantarhei.flow import Flow, on_path
+from pantarhei.flow import Flow, TrajectoryModel, on_path
 from pantarhei.flow.metrics import Premetric
 from pantarhei.flow.numbered import Conditions, numbered_conditions, numbered_source
 from pantarhei.flow.pretrained import fingerprint
@@ -231,11 +231,11 @@ def compare(
         rows.append(judge.row(arm_name, sampler, number, flow, how, 0.0, out, _evaluations(how)))
         say(f"{arm_name}, {sampler}, {number} evaluations: Frechet distance {rows[-1].frechet.value:.4g}")
     pairs, pair_minutes = None, 0.0
-    if any(arm.pairs and arm.applies(teacher) is None for arm in arms):
+    if any(arm.pairs and _applies(arm, teacher) is None for arm in arms):
         pairs, pair_minutes = _pairs(teacher, out / "pairs", budget, seed, conditions, name, say)
     skipped = {}
     for arm in arms:
-        reason = arm.applies(teacher)
+        reason = _applies(arm, teacher)
         if reason is not None:
             skipped[arm.name] = reason
             continue
@@ -271,6 +271,13 @@ def compare(
     return result
 
 
+def _applies(arm: Arm, teacher: Flow) -> str | None:
+    """Why a method does not apply to a teacher, or None."""
+    if isinstance(teacher, TrajectoryModel) and arm.samplers != ("jump",):
+        return "would train the teacher's field, and let its jumps go stale"
+    return arm.applies(teacher)
+
+
 def _free_arms(
     teacher: Flow, evaluations: Sequence[int], seed: int, guidance: float, judge: Judge
 ) -> Iterator[tuple[str, str, int, tuple[Flow, dict[str, Any]]]]:
@@ -281,6 +288,8 @@ def _free_arms(
     x0 = numbered_source(teacher, pair_stream(seed), tuning, condition)
     for number in evaluations:
         clean = {"final": "clean", "guidance": guidance}
+        if isinstance(teacher, TrajectoryModel):
+            yield "own jumps", "jump", number, (teacher, {"steps": number, "method": "jump", "guidance": guidance})
         yield "DDIM, own grid", "ddim", number, (teacher, {"steps": number, "method": "ddim", **clean})
         yield "Euler, linear path", "euler", number, (moved, {"steps": number, "method": "euler", **clean})
         if number > 1:
