@@ -22,7 +22,7 @@ SYSTEMS = (
         "Straightness Is Not Your Need in Rectified Flow, 2410.07303",
         "complete",
     ),
-    System("consistency-trajectory-models", "Consistency Trajectory Models, 2310.02279", "experiments under way"),
+    System("consistency-trajectory-models", "Consistency Trajectory Models, 2310.02279", "complete"),
     System("stochastic-interpolants", "Stochastic Interpolants, 2303.08797", "complete"),
     System("adjoint-dpm", "AdjointDPM, 2307.10711"),
     System("mmdit", "Scaling Rectified Flow Transformers, 2403.03206"),
