@@ -745,11 +745,11 @@ def test_the_exact_mean_velocity_has_no_error():
     teacher = Flow(GaussianJumps("linear"), shape=(2,))
     batch = {"x1": data_law().sample(200, seeded())}
     for share in (0.0, 0.75, 1.0):
-        loss, log = MeanFlow(teacher=teacher, share=share)(exact, batch, seeded(1))
+        loss, log = MeanFlow(teacher=teacher, share=share, difference=None)(exact, batch, seeded(1))
         assert float(log["error"]) < 1e-12
         assert float(loss) == pytest.approx(float(log["error"]) * 1e-3**-0.75, rel=1e-3)
     # A pair's own velocity is right on average only.
-    _, log = MeanFlow()(exact, batch, seeded(1))
+    _, log = MeanFlow(difference=None)(exact, batch, seeded(1))
     assert float(log["error"]) > 0.1
     # And another network is wrong.
     wrong = TrajectoryModel(network_of(), head="mean-velocity", shape=(2,))
@@ -761,7 +761,7 @@ def test_the_target_is_the_derivative_of_the_way():
     model = TrajectoryModel(network_of(seed=3), head="mean-velocity", shape=(2,))
     teacher = teacher_of("linear", "velocity")
     batch = {"x1": points(1)}
-    objective = MeanFlow(teacher=teacher, share=1.0, power=0.0)
+    objective = MeanFlow(teacher=teacher, share=1.0, power=0.0, difference=None)
     _, log = objective(model, batch, seeded(4))
     # What it drew, in its order.
     generator = seeded(4)
@@ -783,7 +783,7 @@ def test_the_target_is_the_derivative_of_the_way():
 def test_the_gradient_of_mean_flow_is_that_of_a_constant_target():
     model = TrajectoryModel(network_of(seed=3), head="mean-velocity", shape=(2,))
     teacher = teacher_of("linear", "velocity")
-    objective, batch = MeanFlow(teacher=teacher, power=0.0), {"x1": points(8)}
+    objective, batch = MeanFlow(teacher=teacher, power=0.0, difference=None), {"x1": points(8)}
     loss, _ = objective(model, batch, seeded(4))
     found = slopes_of(loss, model.network)
     direction, generator = [], seeded(5)
@@ -893,6 +893,30 @@ def test_networks_with_attention_have_mean_velocities(tmp_path, name):
     assert all(bool(p.isfinite().all()) for p in task.flow.network.parameters())
 
 
+@pytest.mark.parametrize("reach", [1e-2, 1e-3])
+def test_differences_come_near_the_derivative(reach):
+    exact, batch = exact_model("linear", "velocity", "mean-velocity"), {"x1": points(64)}
+    errors = [
+        float(MeanFlow(teacher=exact, share=1.0, power=0.0, difference=step)(exact, batch, seeded(1))[1]["error"])
+        for step in (reach, 2 * reach)
+    ]
+    assert errors[0] < errors[1] < 0.05
+    # Neither time leaves the interval, nor comes after s.
+    seen = []
+
+    class Looks(nn.Module):
+        def forward(self, x, t, s=None):
+            seen.append((t, s))
+            return exact.network(x, t, s)
+
+    looking = TrajectoryModel(Looks(), path="linear", predicts="velocity", head="mean-velocity", shape=(2,))
+    MeanFlow(teacher=exact, difference=0.2)(looking, batch, seeded(1))
+    for t, s in seen:
+        assert float(t.min()) >= 0
+        assert float(t.max()) <= 1
+        assert bool((s >= t).all())
+
+
 def test_refused_mean_flows():
     batch = {"x1": points(4)}
     for model in (model_of("linear", "velocity"), teacher_of("linear", "velocity")):
@@ -903,6 +927,8 @@ def test_refused_mean_flows():
     for wrong in ({"power": -1.0}, {"constant": 0.0}):
         with pytest.raises(ValueError, match="power, constant: "):
             MeanFlow(**wrong)
+    with pytest.raises(ValueError, match="difference: "):
+        MeanFlow(difference=0.0)
 
 
 # What is asked, in which mode and how often

@@ -52,6 +52,8 @@ class Jumping:
         adversarial_after: iterations before it plays.
         adversarial_weight: of its term, times its adaptive weight.
         adversarial_shows: what it sees of the student: the estimate that is compared, or its own jump to the data end.
+        difference: of meanflow, how far apart the times are whose difference is the derivative in its target; None takes the
+            exact one.
         initial: what the branch of the second time starts with: zero (the teacher's first-order step) or random.
         vgg: weights of VGG16 as torchvision publishes them.
         lpips: the linear weights of LPIPS for VGG16.
@@ -74,6 +76,7 @@ class Jumping:
     adversarial_after: int = 0
     adversarial_weight: float = 1.0
     adversarial_shows: Literal["estimate", "jump"] = "estimate"
+    difference: float | None = 0.03
     initial: Literal["zero", "random"] = "zero"
     vgg: Path | None = None
     lpips: Path | None = None
@@ -109,6 +112,7 @@ class Jumping:
             "denoising": self.denoising,
             "adaptive": self.adaptive,
             "adversarial": self._adversarial(flow),
+            "difference": self.difference,
             "initial": self.initial,
         }
 

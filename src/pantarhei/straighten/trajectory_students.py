@@ -104,6 +104,7 @@ def trajectory_task(
     adaptive: bool = True,
     adversarial: Adversarial | None = None,
     waypoint: Waypoint | None = None,
+    difference: float | None = 0.03,
     guidance: float = 1.0,
     dropout: float = 0.0,
     iterations: int = 10_000,
@@ -134,6 +135,7 @@ def trajectory_task(
         denoising: weight of the denoising term of "ctm"; 0 leaves it out.
         adaptive, adversarial: see `TrajectoryTask`.
         waypoint: of "ctm" without a teacher: "self" (one jump of the average) or "self-steps".
+        difference: of "meanflow", see `MeanFlow`.
         guidance: of the teacher, which the student then has built in.
         dropout: how often a condition is dropped.
         iterations: training length, which a curriculum is laid out for.
@@ -178,7 +180,8 @@ def trajectory_task(
         "average": average,
     }
     if kind == "meanflow":
-        return MeanFlowTask(student, MeanFlow(teacher=frozen, guidance=guidance, dropout=dropout), data, **common)
+        objective = MeanFlow(teacher=frozen, guidance=guidance, dropout=dropout, difference=difference)
+        return MeanFlowTask(student, objective, data, **common)
     matching = TrajectoryMatching(
         waypoint="teacher" if not alone else waypoint or ("self" if kind == "ctm" else "data"),
         teacher=frozen,

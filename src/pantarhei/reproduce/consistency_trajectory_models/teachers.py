@@ -94,7 +94,11 @@ def learn(
     if kind == "ctm":
         usual |= {"denoising": 0.2, "adaptive": False}
     if kind == "meanflow":
-        usual |= {"predicts": "velocity"}  # the output is a mean velocity then, without a label that turns fast
+        # Differences of small exact problems are worse than the derivative.
+        usual |= {
+            "predicts": "velocity",
+            "difference": None,
+        }  # the output is a mean velocity then, without a label that turns fast
     start = small_mlp(taught.seed, width=width, layers=layers)
     task = trajectory_task(
         taught.teacher, taught.data, kind=kind, start=start, iterations=count, **{**usual, **options}
