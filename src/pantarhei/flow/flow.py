@@ -414,11 +414,7 @@ class Flow(nn.Module):
             (B, *shape), or the codec's output shape.
         """
         low, high = self.interval
-        if x0 is None:
-            x0 = self.draw(count, condition, generator)
-        elif count is not None and count != x0.shape[0]:
-            raise ValueError(f"count: {count} samples asked, but x0 has {x0.shape[0]} rows")
-        x = self.first_sigma * x0
+        x = self.first_sigma * self.draw(count, condition, generator, x0=x0)
         if epsilon is None and self.stochastic:
             epsilon = "trained"
         if final == "auto":
@@ -481,13 +477,22 @@ class Flow(nn.Module):
         return options.get("epsilon") is not None or self.stochastic
 
     def draw(
-        self, count: int | None, condition: ConditionLike = None, generator: torch.Generator | None = None
+        self,
+        count: int | None,
+        condition: ConditionLike = None,
+        generator: torch.Generator | None = None,
+        *,
+        x0: Tensor | None = None,
     ) -> Tensor:
-        """Unit source draws (count, *shape).
+        """Unit source draws (count, *shape), or those that are given.
 
         Raises:
-            ValueError: without a shape, or for count < 1.
+            ValueError: without a shape, for count < 1, or for given draws of another number.
         """
+        if x0 is not None:
+            if count is not None and count != x0.shape[0]:
+                raise ValueError(f"count: {count} samples asked, but x0 has {x0.shape[0]} rows")
+            return x0
         if self.shape is None:
             raise ValueError("shape: this flow does not know the shape of a sample; give Flow(..., shape=...) or x0=")
         if count is None or count < 1:

@@ -285,14 +285,11 @@ class TrajectoryModel(Flow):
         left = sorted(set(options) - {"steps", "gamma", "moves", "grid", "shift"})
         if left:
             raise ValueError(f"{left[0]}: jumps do not take it; methods of the ODE do, such as method='heun'")
-        if x0 is None:
-            x0 = self.draw(count, condition, generator)
-        elif count is not None and count != x0.shape[0]:
-            raise ValueError(f"count: {count} samples asked, but x0 has {x0.shape[0]} rows")
+        x = self.first_sigma * self.draw(count, condition, generator, x0=x0)
         moves = self.plan(**options)
         with evaluation_mode(self.network):
             how["finish"] = self._last_sigma > VISIBLE and moves[-1].to >= self.interval[1] - 1e-6
-            x = self.jumps(self.first_sigma * x0, moves, condition=condition, generator=generator, **how)
+            x = self.jumps(x, moves, condition=condition, generator=generator, **how)
         return self.decode(x) if decode else x
 
     def plan(
