@@ -122,6 +122,8 @@ def trained_arms(data: tuple[Source, Source], perceptual: Premetric | None) -> t
             guidance = budget.solver.guidance
             alone = kind == "ict"  # a grid that does not grow: how long it may train is not known yet
             own = {"times": 40} if alone else {"guidance": guidance}
+            if kind == "ctm":
+                own["times"] = 9  # an iteration costs 2 k + 10 evaluations: budgets buy more of the shorter ones
             return trajectory_task(flow, data[0], held_out=data[1], kind=kind, **own, **usual)
 
         return made
