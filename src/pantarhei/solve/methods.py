@@ -14,7 +14,7 @@ from numpy.polynomial import polynomial as P
 from pantarhei.naming import unknown
 from pantarhei.solve.steps import RungeKutta, Step, Tableau
 
-MethodName = Literal["euler", "midpoint", "heun", "rk4", "bosh3", "dopri5", "tsit5"]
+MethodName = Literal["euler", "midpoint", "heun", "rk4", "rk38", "bosh3", "dopri5", "tsit5"]
 
 EULER = Tableau(a=((),), b=(1.0,), c=(0.0,), order=1)
 MIDPOINT = Tableau(a=((), (0.5,)), b=(0.0, 1.0), c=(0.0, 0.5), order=2)
@@ -23,6 +23,13 @@ RK4 = Tableau(
     a=((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
     b=(1 / 6, 1 / 3, 1 / 3, 1 / 6),
     c=(0.0, 0.5, 0.5, 1.0),
+    order=4,
+)
+# Kutta's 3/8 rule, which torchdiffeq calls rk4.
+RK38 = Tableau(
+    a=((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
+    b=(1 / 8, 3 / 8, 3 / 8, 1 / 8),
+    c=(0.0, 1 / 3, 2 / 3, 1.0),
     order=4,
 )
 BOSH3 = Tableau(
@@ -141,6 +148,7 @@ METHODS: dict[str, RungeKutta] = {
     "midpoint": RungeKutta("midpoint", MIDPOINT),
     "heun": RungeKutta("heun", HEUN),
     "rk4": RungeKutta("rk4", RK4),
+    "rk38": RungeKutta("rk38", RK38),
     "bosh3": RungeKutta("bosh3", BOSH3),
     "dopri5": RungeKutta("dopri5", DOPRI5),
     "tsit5": RungeKutta("tsit5", TSIT5),

@@ -89,7 +89,7 @@ def ode(
     """
     check_state(x)
     step = as_step(method)
-    asked = _check_times(times)
+    asked = check_times(times)
     counted = CountedField(field, condition)
     if steps is None and step.adaptive:
         if before_step is not None or after_step is not None:
@@ -104,7 +104,7 @@ def ode(
         else:
             raise ValueError(f"control: must be 'joint' or 'per_sample', got {control!r}")
     else:
-        grid = _check_grid(steps, asked)
+        grid = check_grid(steps, asked)
         reported = _solve_fixed(counted, step, x, grid, asked, before_step, after_step, observe)
         counts = (len(grid) - 1, 0)
     xs = map_state(lambda *parts: torch.stack(parts), *reported)
@@ -151,7 +151,12 @@ def _solve_fixed(
     return reported
 
 
-def _check_times(times: Sequence[float] | Tensor) -> tuple[float, ...]:
+def check_times(times: Sequence[float] | Tensor) -> tuple[float, ...]:
+    """Two or more strictly monotone times, as floats.
+
+    Raises:
+        ValueError: they are not.
+    """
     asked = tuple(float(t) for t in (times.tolist() if isinstance(times, Tensor) else times))
     if len(asked) < 2:
         raise ValueError(f"times: at least two times are needed (start and end), got {len(asked)}")
@@ -163,7 +168,12 @@ def _check_times(times: Sequence[float] | Tensor) -> tuple[float, ...]:
     return asked
 
 
-def _check_grid(steps: int | Sequence[float] | Tensor | None, asked: tuple[float, ...]) -> tuple[float, ...]:
+def check_grid(steps: int | Sequence[float] | Tensor | None, asked: tuple[float, ...]) -> tuple[float, ...]:
+    """The grid from a number of steps or its nodes; the asked times themselves where there is none.
+
+    Raises:
+        ValueError: it does not lead from the first asked time to the last.
+    """
     if steps is None:
         return asked
     if isinstance(steps, int):
@@ -171,7 +181,7 @@ def _check_grid(steps: int | Sequence[float] | Tensor | None, asked: tuple[float
             raise ValueError(f"steps: must be at least 1, got {steps}")
         first, last = asked[0], asked[-1]
         return (*(first + (last - first) * i / steps for i in range(steps)), last)
-    grid = _check_times(steps)
+    grid = check_times(steps)
     if grid[0] != asked[0] or grid[-1] != asked[-1]:
         raise ValueError(
             f"steps: the grid must run from {asked[0]} to {asked[-1]} like times, got {grid[0]} to {grid[-1]}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pantarhei.naming import unknown
-from pantarhei.solve.ode import Hook, Solution, _check_grid, _check_times
+from pantarhei.solve.ode import Hook, Solution, check_grid, check_times
 from pantarhei.solve.state import CountedField, Field, State, add_scaled, check_state, leaves, map_state
 
 Diffusion = float | Callable[..., Any]
@@ -64,8 +64,8 @@ def sde(
     if isinstance(method, str) and method not in SDE_METHODS:
         raise ValueError(unknown("method", method, SDE_METHODS))
     advance = SDE_METHODS[method] if isinstance(method, str) else method
-    asked = _check_times(times)
-    grid = _check_grid(steps, asked)
+    asked = check_times(times)
+    grid = check_grid(steps, asked)
     if not set(asked) <= set(grid):
         raise ValueError(
             "times: an SDE is reported at nodes of its grid only; give steps= as a grid that contains them"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -124,3 +124,27 @@ def _check_like(value: State, x: State) -> None:
 
 def _show(shapes: list[tuple[int, ...]]) -> str:
     return str(shapes[0]) if len(shapes) == 1 else str(shapes)
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors of nested tuples, lists and dicts, in order; whatever else they hold is left out."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
+def with_tensors(tree: Any, tensors: Iterable[Tensor]) -> Any:
+    """The same nested structure with other tensors."""
+    return _filled(tree, iter(tensors))
+
+
+def _filled(tree: Any, tensors: Iterator[Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        return next(tensors)
+    if isinstance(tree, dict):
+        return {name: _filled(part, tensors) for name, part in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        parts = [_filled(part, tensors) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return tree

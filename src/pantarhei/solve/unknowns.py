@@ -1,0 +1,128 @@
+"""What a gradient is taken with respect to, besides the state, and what it must not miss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Unknowns:
+    """Tensors that a field closes over, with a sum of the gradients that reach each.
+
+    Args:
+        tensors: those whose gradient is wanted; they need not be leaves.
+
+    Attributes:
+        sums: their gradients so far, in single precision where a tensor has less; None where nothing has come yet.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        self.tensors = tuple(tensors)
+        self.sums: list[Tensor | None] = [None] * len(self.tensors)
+        self._checked = False
+
+    def pull(
+        self,
+        outputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+        inputs: Sequence[Tensor],
+        *,
+        of_unknowns: bool = True,
+    ) -> list[Tensor]:
+        """The vector-Jacobian product with respect to the inputs; that with respect to the unknowns is added to `sums`.
+
+        Raises:
+            ValueError: the outputs depend on a tensor that needs gradients and is none of these.
+        """
+        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None and o.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(x) for x in inputs]
+        if not self._checked:
+            check_leaves([o for o, _ in pairs], [*inputs, *self.tensors])
+            self._checked = True
+        wanted = self.tensors if of_unknowns else ()
+        grads = torch.autograd.grad(
+            [o for o, _ in pairs], [*inputs, *wanted], [c.to(o.dtype) for o, c in pairs], allow_unused=True
+        )
+        for i, grad in enumerate(grads[len(inputs) :]):
+            self._add(i, grad)
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=False)]
+
+    def _add(self, i: int, grad: Tensor | None) -> None:
+        if grad is None:
+            return
+        before = self.sums[i]
+        if before is None:
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            self.sums[i] = grad.to(wide) if grad.dtype != wide else grad.clone()
+        else:
+            before.add_(grad)
+
+    def gradients(self) -> list[Tensor]:
+        """The sums, in the tensors' own types; zeros where nothing has come."""
+        return [
+            torch.zeros_like(x) if s is None else s.to(x.dtype) for x, s in zip(self.tensors, self.sums, strict=True)
+        ]
+
+
+def check_leaves(outputs: Sequence[Tensor], named: Sequence[Tensor]) -> None:
+    """Refuse a graph that ends in a leaf that nobody named: its gradient would be lost without a word.
+
+    Raises:
+        ValueError: there is one.
+    """
+    known = {id(x) for x in named}
+    stops = {x.grad_fn for x in named if x.grad_fn is not None}
+    seen, todo = set(), [x.grad_fn for x in outputs if x.grad_fn is not None and x.grad_fn not in stops]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise ValueError(
+                f"gradient: the field depends on a tensor of shape {tuple(leaf.shape)} that needs gradients and was not "
+                "named; give it with `parameters` (or `condition`), or detach it"
+            )
+        todo += [following for following, _ in node.next_functions if following is not None and following not in stops]
+
+
+def parameters_of(given: nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | None) -> dict[str, Tensor]:
+    """Named tensors: a module's trainable parameters, a mapping's values, or a sequence's with their numbers."""
+    if given is None:
+        return {}
+    if isinstance(given, nn.Module):
+        return {name: p for name, p in given.named_parameters() if p.requires_grad}
+    if isinstance(given, Mapping):
+        return dict(given)
+    if isinstance(given, Tensor):
+        raise ValueError("parameters: a module, a mapping or a sequence of tensors is needed, got one tensor")
+    return {str(i): x for i, x in enumerate(given)}
+
+
+def own_parameters(field: Callable[..., Any]) -> list[Tensor]:
+    """Parameters of the module that a field is, or is a method or a part of."""
+    while isinstance(field, partial):
+        field = field.func
+    owner = getattr(field, "__self__", field)
+    return list(owner.parameters()) if isinstance(owner, nn.Module) else []
+
+
+@contextmanager
+def constant(tensors: Iterable[Tensor], but: Iterable[Tensor]) -> Iterator[None]:
+    """Leaves that need no gradient for a while, but for some."""
+    kept = {id(x) for x in but}
+    held = [x for x in tensors if x.requires_grad and x.is_leaf and id(x) not in kept]
+    for x in held:
+        x.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for x in held:
+            x.requires_grad_(True)
