@@ -22,6 +22,7 @@ from pantarhei.flow.fields import Fields
 from pantarhei.flow.flow import Flow
 from pantarhei.flow.gammas import Gamma
 from pantarhei.flow.gaussian_bridge import GaussianBridge
+from pantarhei.flow.gradients import differentiable_sample, keep_norm
 from pantarhei.flow.grids import make_grid
 from pantarhei.flow.interpolants import Interpolant
 from pantarhei.flow.interpolation import Interpolation
@@ -35,6 +36,7 @@ from pantarhei.flow.objectives import FlowMatching, Objective, Term
 from pantarhei.flow.observations import Inpainting, Observation, Present, SuperResolution
 from pantarhei.flow.path_likelihood import PathLikelihood, path_likelihood
 from pantarhei.flow.provenance import Provenance
+from pantarhei.flow.reparameterisation import Reparameterisation
 from pantarhei.flow.stochastic import StiffNoise, transport_sde
 from pantarhei.flow.trajectory import TrajectoryModel
 from pantarhei.flow.transforms import FieldTransform, Guidance, Stretched
@@ -71,6 +73,7 @@ __all__ = [
     "Present",
     "Provenance",
     "PseudoHuber",
+    "Reparameterisation",
     "StiffNoise",
     "Stretched",
     "SuperResolution",
@@ -80,12 +83,14 @@ __all__ = [
     "coarse_part",
     "couplings",
     "denoising_steps",
+    "differentiable_sample",
     "evaluation_mode",
     "fading",
     "gamma_moves",
     "grey_part",
     "heads",
     "interpolants",
+    "keep_norm",
     "kl_control",
     "known_part",
     "langevin",

@@ -349,10 +349,8 @@ class Flow(nn.Module):
         named = as_condition(condition, self.null, x.shape[0])
         named = None if named is None else named.to(x.device)
         field, step = self.field(guidance, transforms), path_step(method, self.path, times[-1])
-        nodes: Any = steps
-        if isinstance(steps, int):
-            nodes = self._grid(steps, times, grid, shift)
-        elif steps is None and not step.adaptive:
+        nodes: Any = self.nodes(steps, times, grid, shift)
+        if nodes is None and not step.adaptive:
             raise ValueError(f"steps: {step.name} has no error control; give a number of steps")
         if nodes is not None and (transforms or before_step is not None):
             before_step = field.number_steps(before_step)
@@ -370,6 +368,16 @@ class Flow(nn.Module):
             after_step=after_step,
             observe=observe,
         )
+
+    def nodes(
+        self,
+        steps: int | Grid | None,
+        times: Sequence[float],
+        grid: GridName | Callable[[float], float] = "uniform",
+        shift: float = 1.0,
+    ) -> Grid | None:
+        """The grid of so many steps from the first to the last of some times; a grid, or none, as it is."""
+        return self._grid(steps, times, grid, shift) if isinstance(steps, int) else steps
 
     def _grid(
         self, steps: int, times: Sequence[float], grid: GridName | Callable[[float], float], shift: float
@@ -413,29 +421,50 @@ class Flow(nn.Module):
         Returns:
             (B, *shape), or the codec's output shape.
         """
-        low, high = self.interval
         x = self.first_sigma * self.draw(count, condition, generator, x0=x0)
         if epsilon is None and self.stochastic:
             epsilon = "trained"
-        if final == "auto":
-            few = epsilon is None and self.provenance.rectified and options.get("steps", 50) is not None
-            final = "state" if self._last_sigma <= NOISE_LEFT else "clean" if few else "denoise"
+        carry: Callable[..., Tensor] = lambda x, times, **how: self.transport(x, times, **how).x  # noqa: E731
+        if epsilon is not None:
+            if final in ("auto", "clean"):
+                final = "denoise" if self._last_sigma > NOISE_LEFT or final == "clean" else "state"
+            options["generator"] = generator
+            carry = lambda x, times, **how: transport_sde(self, x, times, epsilon, **how).x  # noqa: E731
         with evaluation_mode(self.network):
-            if epsilon is None:
-                if final == "clean":
-                    high, options = self._without_last_step(options)
-                if high > low:
-                    x = self.transport(x, (low, high), condition=condition, **options).x
-            else:
-                options["generator"] = generator
-                x = transport_sde(self, x, (low, high), epsilon, condition=condition, **options).x
-            if final in ("denoise", "clean"):
-                t = x.new_full((), high, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-                named = as_condition(condition, self.null, x.shape[0])
-                named = None if named is None else named.to(x.device)
-                guided = Estimates(self, options.get("guidance", 1.0), options.get("transforms", ()))
-                x = guided.ends(x, t, named).data
+            x = self.carried(x, carry, condition=condition, final=final, **options)
         return self.decode(x) if decode else x
+
+    def carried(
+        self,
+        x: Tensor,
+        carry: Callable[..., Tensor],
+        *,
+        condition: ConditionLike = None,
+        final: Final = "auto",
+        **options: Any,
+    ) -> Tensor:
+        """States of the first time carried to the data end, and ended as `sample` says, by whoever integrates.
+
+        Args:
+            x: states (B, *shape).
+            carry: from one time to another: `carry(x, (low, high), condition=..., **options)`.
+            condition, final, options: as in `sample`.
+        """
+        low, high = self.interval
+        if final == "auto":
+            few = self.provenance.rectified and options.get("steps", 50) is not None
+            final = "state" if self._last_sigma <= NOISE_LEFT else "clean" if few else "denoise"
+        if final == "clean":
+            high, options = self._without_last_step(options)
+        if high > low:
+            x = carry(x, (low, high), condition=condition, **options)
+        if final in ("denoise", "clean"):
+            t = x.new_full((), high, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+            named = as_condition(condition, self.null, x.shape[0])
+            named = None if named is None else named.to(x.device)
+            guided = Estimates(self, options.get("guidance", 1.0), options.get("transforms", ()))
+            x = guided.ends(x, t, named).data
+        return x
 
     def _without_last_step(self, options: dict[str, Any]) -> tuple[float, dict[str, Any]]:
         """The last time but one of a sampler's grid, and its options up to there."""

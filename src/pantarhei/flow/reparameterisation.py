@@ -60,7 +60,7 @@ class Reparameterisation:
     - "flow": x / (alpha + sigma) against alpha / (alpha + sigma), data - noise: the linear path's own equation;
     - "angle": the same on the circle; both are bounded at either end.
 
-    Euler's step is DDIM's in each of them; those of higher order differ, and so do all continuous adjoints.
+    Euler's step is DDIM's in the first three; those of higher order differ, and so do all continuous adjoints.
 
     Attributes:
         name: which variables.

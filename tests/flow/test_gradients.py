@@ -1,0 +1,181 @@
+"""Differentiable samples: those of the sampler itself, with its exact gradients; the same ODE in other variables."""
+
+import pytest
+import torch
+
+from pantarhei.flow import Flow, GaussianMixture, Reparameterisation, differentiable_sample, keep_norm
+from pantarhei.flow.closed_form import MixtureField
+from pantarhei.flow.paths import EDM, VP, Cosine, Linear, build_path
+from pantarhei.networks import MLP, MLPConfig
+from pantarhei.solve import Adams
+from pantarhei.solve.gradient import Report
+
+VARIABLES = ("rho", "snr", "flow", "angle")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def flow_of(path="vp", predicts="noise", classes=3, **options):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        network = MLP(MLPConfig(width=16, layers=2, classes=classes)).double()
+        for p in network.parameters():
+            p.data.add_(0.1 * torch.randn_like(p))
+    null = {"label": classes} if classes else None
+    return Flow(network, path=path, predicts=predicts, shape=(2,), null=null, **options)
+
+
+def mixture_flow(path):
+    covariances = 0.1 * torch.eye(2).double().expand(2, 2, 2)
+    law = GaussianMixture(torch.tensor([0.3, 0.7]).double(), normal(2, 2, seed=4), covariances)
+    path = build_path(path)
+    field = MixtureField(law, path=path)
+    return Flow(field, path=path, shape=(2,), interval=(0.02, 0.98), starts_scaled=True)
+
+
+LABEL = torch.tensor([0, 1, 2, 1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"path": "vp", "predicts": "noise", "method": "auto"},
+        {"path": "edm", "predicts": "edm", "method": "edm", "grid": "edm"},
+        {"path": "linear", "predicts": "velocity", "method": "heun"},
+        {"path": "linear", "predicts": "velocity", "method": "dpm-solver", "final": "clean"},
+        {"path": "cosine", "predicts": "v", "method": "reinterpolate-heun", "guidance": 2.0},
+        {"path": "linear", "predicts": "velocity", "method": Adams(3)},
+        {"path": "linear", "predicts": "velocity", "method": "dopri5", "steps": None},
+    ],
+)
+def test_it_is_the_sample_with_its_exact_gradient(options):
+    options = dict(options)
+    flow = flow_of(options.pop("path"), options.pop("predicts"))
+    options = {"steps": 6, **options}
+    x0 = normal(4, 2)
+    sampled = flow.sample(x0=x0, condition=LABEL, **options)
+    found = []
+    for through in ("checkpoint", "backprop"):
+        leaf = x0.clone().requires_grad_(True)
+        x = differentiable_sample(flow, leaf, condition=LABEL, parameters=flow.network, through=through, **options)
+        assert torch.allclose(x, sampled, rtol=1e-9, atol=1e-12)
+        grads = torch.autograd.grad(
+            (x**2 * normal(4, 2, seed=3)).sum(), [leaf, *flow.network.parameters()], allow_unused=True
+        )
+        found.append(torch.cat([g.flatten() for g in grads if g is not None]))
+    assert torch.allclose(*found, rtol=1e-9, atol=1e-12)
+    assert float(found[0].abs().max()) > 0
+
+
+def test_weights_are_constants_where_they_are_not_named():
+    flow = flow_of()
+    leaf = normal(4, 2).requires_grad_(True)
+    x = differentiable_sample(flow, leaf, condition=LABEL, steps=3)
+    x.sum().backward()
+    assert leaf.grad is not None
+    assert all(p.grad is None and p.requires_grad for p in flow.network.parameters())
+    some = {"last": flow.network.outputs.weight}
+    differentiable_sample(flow, normal(4, 2), condition=LABEL, steps=3, parameters=some).sum().backward()
+    assert [p.grad is not None for p in flow.network.parameters()].count(True) == 1
+
+
+def test_the_network_is_in_evaluation_mode_on_the_way_back_too():
+    flow = flow_of()
+    flow.network.hidden = torch.nn.Sequential(torch.nn.Dropout(0.5), *flow.network.hidden)
+    flow.network.train()
+    leaf = normal(4, 2).requires_grad_(True)
+    grads = []
+    for _ in range(2):
+        x = differentiable_sample(flow, leaf, condition=LABEL, steps=3)
+        grads.append(torch.autograd.grad(x.sum(), leaf)[0])
+    assert torch.equal(*grads)
+    assert flow.network.training
+
+
+def test_gradients_of_the_condition():
+    class Takes(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(normal(3, 2, seed=7))
+
+        def forward(self, x, t, embedding):
+            return torch.tanh(embedding @ self.weight) - x * t[:, None]
+
+    flow = Flow(Takes(), shape=(2,), conditions=("embedding",))
+    embedding = normal(4, 3, seed=8).requires_grad_(True)
+    found = []
+    for through in ("checkpoint", "backprop", "symplectic", "adjoint"):
+        x = differentiable_sample(
+            flow, normal(4, 2), condition={"embedding": embedding}, steps=40, method="heun", through=through
+        )
+        found.append(torch.autograd.grad(x.square().sum(), embedding)[0])
+    assert torch.allclose(found[1], found[0], rtol=1e-10)
+    assert torch.allclose(found[2], found[0], rtol=1e-10)
+    assert torch.allclose(found[3], found[0], rtol=1e-3)
+    assert not torch.equal(found[3], found[0])
+
+
+# Other variables
+
+
+@pytest.mark.parametrize("path", [VP(), Cosine(), Linear(), EDM()])
+@pytest.mark.parametrize("name", VARIABLES)
+def test_clock_and_scale_have_inverses(path, name):
+    turned = Reparameterisation(name, path, (0.05, 0.95))
+    t = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
+    assert torch.allclose(turned.time(turned.clock(t)), t, atol=1e-7)
+    x = normal(3, 2)
+    assert torch.allclose(turned.decode(turned.encode(x, 0.4), 0.4), x)
+    steps = torch.tensor(turned.grid(t.tolist())).diff()
+    assert bool((steps < 0).all() if name == "rho" else (steps > 0).all())
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+@pytest.mark.parametrize("path", ["vp", "cosine"])
+def test_every_variable_has_the_same_solution(name, path):
+    flow, x0 = mixture_flow(path), normal(4, 2)
+    exact = flow.sample(x0=x0, steps=1000, method="rk4", grid="logsnr", final="state")
+    errors = []
+    for steps in (40, 80):
+        x = differentiable_sample(flow, x0, variables=name, steps=steps, method="heun", grid="logsnr", final="state")
+        errors.append(float((x - exact).norm() / exact.norm()))
+    assert errors[1] < 0.35 * errors[0]
+    assert errors[1] < 0.02
+
+
+@pytest.mark.parametrize("name", ["rho", "snr", "flow"])
+def test_eulers_step_is_ddims_in_each(name):
+    flow = flow_of("vp", "noise", interval=(0.02, 0.98), starts_scaled=True)
+    x0 = normal(4, 2)
+    ddim = flow.sample(x0=x0, condition=LABEL, steps=5, method="ddim", final="state")
+    euler = differentiable_sample(flow, x0, condition=LABEL, variables=name, steps=5, method="euler", final="state")
+    assert torch.allclose(euler, ddim, rtol=1e-6, atol=1e-8)
+
+
+def test_singular_and_unknown_variables():
+    flow = flow_of("linear", "velocity")
+    with pytest.raises(ValueError, match="rho is singular at t = 0"):
+        differentiable_sample(flow, normal(2, 2), condition=LABEL[:2], variables="rho", steps=3)
+    with pytest.raises(ValueError, match="reparameterisation: "):
+        Reparameterisation("magic", Linear())
+    with pytest.raises(ValueError, match="method: ddim knows the path"):
+        differentiable_sample(flow, normal(2, 2), condition=LABEL[:2], variables="flow", steps=3, method="ddim")
+
+
+def test_error_control_in_other_variables_and_a_report():
+    flow, report = mixture_flow("vp"), Report()
+    leaf = normal(4, 2).requires_grad_(True)
+    x = differentiable_sample(flow, leaf, variables="flow", steps=None, method="dopri5", final="state", report=report)
+    x.sum().backward()
+    assert report.steps > 2
+    assert report.backward == 7 * report.steps
+    fine = flow.sample(x0=leaf.detach(), steps=400, method="rk4", final="state")
+    assert torch.allclose(x, fine, atol=1e-3)
+
+
+def test_noise_on_its_shell():
+    x0, other = normal(3, 1, 4, 4), normal(3, 1, 4, 4, seed=2)
+    kept = keep_norm(3 * x0, other)
+    assert torch.allclose(kept.flatten(1).norm(dim=1), other.flatten(1).norm(dim=1))
