@@ -23,6 +23,7 @@ SUITE = (
     "pairs",
     "state_pairs",
     "trajectory",
+    "gradients",
     "time_to_quality",
 )
 PAGE = RESULTS.parent.parent / "benchmarks.md"

@@ -319,27 +319,24 @@ class Adjoint:
         problem, t = self.problem, self.problem.grid[i + 1]
         tableau, dt = tableau_of(problem.step), self.problem.grid[i] - t
         slopes: list[State] = []
-        of_a: list[State] = []
-        for j in range(len(tableau.b)):
+        pulled: list[
+            State
+        ] = []  # w_j J_j^T A_j, where w = -dt b makes it the stage's part of the gradients, and 1 where b = 0
+        weights = [-dt * b or 1.0 for b in tableau.b]
+        new = a
+        for j in range(len(weights)):
             terms = tableau.stages[j - 1][0] if j else ()
-            stage, cotangent = add_terms(x, terms, slopes, dt), add_terms(a, terms, of_a, dt)
-            # The share of this stage in the sums of the unknowns' gradients is b dt; there is none where b = 0.
-            share = -dt * tableau.b[j]
-            needed = bool(share) or any(tableau.a[k][j] for k in range(j + 1, len(tableau.b)))
-            if not needed:
-                continue
-            weight = share or 1.0
-            slope, part = _evaluated(
-                problem,
-                stage,
-                t + tableau.c[j] * dt,
-                map_state(lambda leaf, w=weight: w * leaf, cotangent),
-                of_unknowns=bool(share),
-            )
+            if not tableau.b[j] and not any(row[j] for row in tableau.a[j + 1 :]):
+                continue  # a slope at the new point, for the next step
+            stage = add_terms(x, terms, slopes, dt)
+            cotangent = add_terms(a, tuple((k, c / -weights[k]) for k, c in terms), pulled, dt)
+            cotangent = map_state(lambda leaf, w=weights[j]: w * leaf, cotangent)
+            at, of_unknowns = t + tableau.c[j] * dt, bool(tableau.b[j])
+            slope, part = _evaluated(problem, stage, at, cotangent, of_unknowns=of_unknowns)
             slopes.append(slope)
-            of_a.append(map_state(lambda leaf, w=weight: leaf / -w, part))
-        before = x if self.stored else add_terms(x, tableau.weights, slopes, dt)
-        return before, add_terms(a, tableau.weights, of_a, dt)
+            pulled.append(part)
+            new = map_state(torch.add, new, part) if of_unknowns else new
+        return x if self.stored else add_terms(x, tableau.weights, slopes, dt), new
 
 
 @dataclass
@@ -402,7 +399,7 @@ class Backwards:
     def _increment(self, x: State, t: float, dt: float, a: State) -> tuple[State, State]:
         """P_dt(x, t), and its vector-Jacobian product."""
         step: Any = self.problem.step
-        leaf = map_state(lambda part: part.detach().requires_grad_(True), x)
+        leaf = map_state(_leaf, x)
         with torch.enable_grad():
             p = step.increment(self.problem.field, leaf, t, dt)
         grads = self.problem.unknowns.pull(leaves(p), leaves(a), leaves(leaf))
@@ -458,11 +455,15 @@ def _evaluated(
     problem: Problem, x: State, t: float, cotangent: State, *, of_unknowns: bool = True
 ) -> tuple[State, State]:
     """The field at (x, t), and its vector-Jacobian product."""
-    leaf = map_state(lambda part: part.detach().requires_grad_(True), x)
+    leaf = map_state(_leaf, x)
     with torch.enable_grad():
         slope = problem.field(leaf, t)
     grads = problem.unknowns.pull(leaves(slope), leaves(cotangent), leaves(leaf), of_unknowns=of_unknowns)
-    return map_state(torch.Tensor.detach, slope), with_tensors(x, grads)
+    return map_state(torch.Tensor.detach, slope), grads[0] if isinstance(x, Tensor) else tuple(grads)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(True)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

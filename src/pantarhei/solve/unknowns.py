@@ -39,29 +39,35 @@ class Unknowns:
         Raises:
             ValueError: the outputs depend on a tensor that needs gradients and is none of these.
         """
-        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None and o.requires_grad]
+        pairs = [
+            (o, c if c.dtype == o.dtype else c.to(o.dtype))
+            for o, c in zip(outputs, cotangents, strict=True)
+            if c is not None and o.requires_grad
+        ]
         if not pairs:
             return [torch.zeros_like(x) for x in inputs]
+        ends, given = zip(*pairs, strict=True)
         if not self._checked:
-            check_leaves([o for o, _ in pairs], [*inputs, *self.tensors])
+            check_leaves(ends, [*inputs, *self.tensors])
             self._checked = True
         wanted = self.tensors if of_unknowns else ()
-        grads = torch.autograd.grad(
-            [o for o, _ in pairs], [*inputs, *wanted], [c.to(o.dtype) for o, c in pairs], allow_unused=True
-        )
-        for i, grad in enumerate(grads[len(inputs) :]):
-            self._add(i, grad)
+        grads = torch.autograd.grad(ends, (*inputs, *wanted), given, allow_unused=True)
+        self._add(grads[len(inputs) :])
         return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=False)]
 
-    def _add(self, i: int, grad: Tensor | None) -> None:
-        if grad is None:
-            return
-        before = self.sums[i]
-        if before is None:
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            self.sums[i] = grad.to(wide) if grad.dtype != wide else grad.clone()
-        else:
-            before.add_(grad)
+    def _add(self, grads: Sequence[Tensor | None]) -> None:
+        sums, new = [], []
+        for i, grad in enumerate(grads):
+            before = self.sums[i]
+            if grad is None:
+                continue
+            if before is None:
+                self.sums[i] = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+            else:
+                sums.append(before)
+                new.append(grad)
+        if sums:
+            torch._foreach_add_(sums, new)
 
     def gradients(self) -> list[Tensor]:
         """The sums, in the tensors' own types; zeros where nothing has come."""
