@@ -35,6 +35,7 @@ from pantarhei.flow.nonparametric import EmpiricalField, NeighbourField
 from pantarhei.flow.objectives import FlowMatching, Objective, Term
 from pantarhei.flow.observations import Inpainting, Observation, Present, SuperResolution
 from pantarhei.flow.path_likelihood import PathLikelihood, path_likelihood
+from pantarhei.flow.posterior import Blurred, Masked, Measurement, Sensors, posterior_sample
 from pantarhei.flow.provenance import Provenance
 from pantarhei.flow.reparameterisation import Reparameterisation
 from pantarhei.flow.stochastic import StiffNoise, transport_sde
@@ -43,6 +44,7 @@ from pantarhei.flow.transforms import FieldTransform, Guidance, Stretched
 
 __all__ = [
     "LPIPS",
+    "Blurred",
     "Churn",
     "ClassifierGuidance",
     "Condition",
@@ -62,6 +64,8 @@ __all__ = [
     "Interpolant",
     "Interpolation",
     "Likelihood",
+    "Masked",
+    "Measurement",
     "MixtureField",
     "Move",
     "NeighbourField",
@@ -74,6 +78,7 @@ __all__ = [
     "Provenance",
     "PseudoHuber",
     "Reparameterisation",
+    "Sensors",
     "StiffNoise",
     "Stretched",
     "SuperResolution",
@@ -102,6 +107,7 @@ __all__ = [
     "on_path",
     "path_likelihood",
     "paths",
+    "posterior_sample",
     "predictions",
     "redrawn",
     "rejection_sample",

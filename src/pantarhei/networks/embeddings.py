@@ -1,4 +1,4 @@
-"""Embeddings of the time."""
+"""Embeddings of the time and of classes."""
 
 from __future__ import annotations
 
@@ -34,6 +34,24 @@ def check_second_time(branch: nn.Module | None, s: Tensor | None) -> None:
     """
     if s is not None and branch is None:
         raise ValueError("s: this network was built without a second time; with_second_time(network) makes one with it")
+
+
+class ClassEmbedding(nn.Embedding):
+    """A row a class, the last for no class. Floating-point labels (B, width) are rows of their own: unknowns to optimise."""
+
+    def forward(self, label: Tensor) -> Tensor:
+        """(B,) numbers, or (B, width) as they are, to (B, width).
+
+        Raises:
+            ValueError: rows of another width.
+        """
+        if not label.is_floating_point():
+            return super().forward(label)
+        if label.ndim != 2 or label.shape[1] != self.embedding_dim:
+            raise ValueError(
+                f"label: whole numbers (B,), or rows (B, {self.embedding_dim}) are needed, got {tuple(label.shape)}"
+            )
+        return label
 
 
 class TimeEmbedding(nn.Module):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pantarhei.networks.embeddings import TimeEmbedding, check_second_time
+from pantarhei.networks.embeddings import ClassEmbedding, TimeEmbedding, check_second_time
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class MLP(nn.Module):
         self.inputs = nn.Linear(config.dimension + 1, width)
         self.time = TimeEmbedding(width)
         self.time_s = TimeEmbedding(width) if config.second_time else None
-        self.classes = nn.Embedding(config.classes + 1, width) if config.classes else None
+        self.classes = ClassEmbedding(config.classes + 1, width) if config.classes else None
         self.vector = nn.Linear(config.vector, width) if config.vector else None
         hidden: list[nn.Module] = []
         for _ in range(config.layers - 1):

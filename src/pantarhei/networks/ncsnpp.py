@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pantarhei.networks.attention import attend
-from pantarhei.networks.embeddings import check_second_time, sinusoids
+from pantarhei.networks.embeddings import ClassEmbedding, check_second_time, sinusoids
 from pantarhei.networks.resampling import Resample, check_taps
 
 HALF = math.sqrt(0.5)
@@ -288,7 +288,7 @@ class NCSNpp(nn.Module):
         second = config.second_time
         self.time0_s = nn.Linear(self.features.width, 4 * config.width) if second else None
         self.time1_s = nn.Linear(4 * config.width, 4 * config.width) if second else None
-        self.classes = nn.Embedding(config.classes + 1, self.features.width) if config.classes else None
+        self.classes = ClassEmbedding(config.classes + 1, self.features.width) if config.classes else None
         self.stem = nn.Conv2d(config.channels, config.width, 3, padding=1)
         for layer in (self.time0, self.time1, self.time0_s, self.time1_s, self.stem):
             if layer is not None:

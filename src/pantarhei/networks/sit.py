@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from pantarhei.naming import unknown
 from pantarhei.networks.attention import attend
-from pantarhei.networks.embeddings import check_second_time
+from pantarhei.networks.embeddings import ClassEmbedding, check_second_time
 
 # Depth, width, heads of the published sizes.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -129,7 +129,7 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, classes: int, width: int):
         super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, width)
+        self.embedding_table = ClassEmbedding(classes + 1, width)
 
     def forward(self, label: Tensor | None) -> Tensor:
         """(B,) to (B, width); None to the null class, (1, width)."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pantarhei.networks.attention import attend
-from pantarhei.networks.embeddings import TimeEmbedding, check_second_time
+from pantarhei.networks.embeddings import ClassEmbedding, TimeEmbedding, check_second_time
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class UNet(nn.Module):
         embedding = 4 * config.width
         self.time = TimeEmbedding(embedding)
         self.time_s = TimeEmbedding(embedding) if config.second_time else None
-        self.classes = nn.Embedding(config.classes + 1, embedding) if config.classes else None
+        self.classes = ClassEmbedding(config.classes + 1, embedding) if config.classes else None
         self.vector = nn.Linear(config.vector, embedding) if config.vector else None
         self.stem = nn.Conv2d(config.channels + config.context, widths[0], 3, padding=1)
 
