@@ -65,6 +65,17 @@ VERBS: dict[str, dict[str, tuple[str, str, str]]] = {
             "images under another label: to noise under theirs, back under the other",
         ),
     },
+    "optimize": {
+        "noise": ("optimize", "optimize_noise_of", "the noise of each sample, for any measure of it"),
+        "condition": ("optimize", "optimize_condition_of", "a class embedding, from a measure or from examples"),
+        "weights": ("optimize", "optimize_weights_of", "the weights, all or low-rank additions: a style"),
+        "audit": ("optimize", "optimize_audit", "how easily samples fool a classifier"),
+        "posterior": (
+            "optimize",
+            "optimize_posterior",
+            "data from a noisy measurement: in-painting, deblurring, sensors",
+        ),
+    },
     "evaluate": {"": ("evaluate", "evaluate", "score a run's samples against its data, for several numbers of steps")},
     "forecast": {"": ("forecast", "forecast_run", "ensembles of what follows, scored on held-out trajectories")},
     "convert": {"": ("convert", "convert", "published checkpoints to folders of ours, and back")},

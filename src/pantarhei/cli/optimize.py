@@ -1,0 +1,467 @@
+"""`pantarhei optimize noise|condition|weights|audit|posterior RUN`: change what samples come from, for a measure of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from pantarhei.cli.opening import Device, data_of, open_flow, own_guidance, read_input, save_picture
+from pantarhei.data.seeds import generator as seeded
+from pantarhei.files import write_json, write_tensors
+from pantarhei.flow import Blurred, Flow, Masked, Measurement, Sensors, posterior_sample
+from pantarhei.flow.numbered import numbered_conditions, numbered_source
+from pantarhei.flow.reparameterisation import Variables
+from pantarhei.metrics import ClassifierFeatures
+from pantarhei.recipes.evaluation import make_reference
+from pantarhei.recipes.optimization import (
+    Found,
+    Metric,
+    Search,
+    audit,
+    class_row,
+    optimize_condition,
+    optimize_noise,
+    optimize_weights,
+)
+from pantarhei.recipes.sample_metrics import classified_as, clip_similarity, function_of, like_example
+from pantarhei.report.figures import curves
+from pantarhei.report.progress import Progress
+from pantarhei.solve.gradient import Through
+from pantarhei.straighten import LowRank
+
+
+@dataclass(frozen=True)
+class Searching:
+    """How it is searched, and how samples are drawn meanwhile.
+
+    Attributes:
+        iterations: updates.
+        lr: learning rate of AdamW, or length of a normalised step.
+        weight_decay: of AdamW.
+        steps: of the sampler.
+        method: of the sampler, as of `pantarhei sample`.
+        guidance: classifier-free guidance; by default what the flow's notes name.
+        through: how gradients are found: checkpoint (exact), backprop, symplectic, adjoint, backsolve or reversible.
+        variables: solve in other variables: rho, snr, flow or angle.
+        truncate: gradients of the last so many steps only (of condition and weights).
+        batch: samples at a time.
+    """
+
+    iterations: int = 30
+    lr: float = 0.05
+    weight_decay: float = 0.0
+    steps: int = 20
+    method: str = "auto"
+    guidance: float | None = None
+    through: Through = "checkpoint"
+    variables: Variables | None = None
+    truncate: int | None = None
+    batch: int = 64
+
+    def search(self, flow: Flow) -> Search:
+        """As settings of a search."""
+        sampling: dict[str, Any] = {"steps": self.steps, "method": self.method, "through": self.through}
+        sampling |= {"variables": self.variables, "truncate": self.truncate}
+        sampling["guidance"] = own_guidance(flow) if self.guidance is None else self.guidance
+        return Search(self.iterations, self.lr, self.weight_decay, sampling=sampling, batch=self.batch)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What is made small.
+
+    Attributes:
+        metric: FILE.py:function (samples (B, ...) to a number each), classifier:RUN (trained on that run's data; minus the
+            log of its chance of --target), or clip:FOLDER (one minus the similarity to --text).
+        target: of classifier:RUN, the label.
+        text: of clip:FOLDER, the prompt.
+        example: images (a folder, zip or file, or .safetensors with x) to be like, instead of a metric.
+    """
+
+    metric: str = ""
+    target: int | None = None
+    text: str = ""
+    example: Path | None = None
+
+    def open(self, flow: Flow, count: int) -> Metric:
+        """The measure.
+
+        Raises:
+            ValueError, FileNotFoundError: it is not named well.
+        """
+        if (self.example is None) == (not self.metric):
+            raise ValueError("--metric, --example: one of the two is needed")
+        if self.example is not None:
+            return like_example(read_input(self.example, flow, count, ("x", "x1"))[0])
+        kind, _, rest = self.metric.partition(":")
+        if kind == "classifier":
+            if self.target is None:
+                raise ValueError("--target: which label is wanted?")
+            return classified_as(classifier_of(Path(rest)).to(flow.device), self.target)
+        if kind == "clip":
+            if not self.text:
+                raise ValueError("--text: what is the image of?")
+            return clip_similarity(rest, self.text)
+        return function_of(self.metric)
+
+
+def classifier_of(run: Path) -> ClassifierFeatures:
+    """A small classifier trained on a run's data, kept in the run.
+
+    Raises:
+        ValueError: its data are no labelled images.
+    """
+    extractor = make_reference(*data_of(run), cache=run / "classifier.safetensors").extractor
+    if not isinstance(extractor, ClassifierFeatures):
+        raise ValueError(
+            f"{run}: its data are no labelled images of 8 x 8 or more; no classifier can be trained on them"
+        )
+    return extractor
+
+
+def optimize_noise_of(
+    run: tyro.conf.Positional[Path],
+    out: Path,
+    measuring: Measuring = Measuring(),
+    searching: Searching = Searching(),
+    count: int = 16,
+    label: int | None = None,
+    keep: Literal["norm", "free"] = "norm",
+    bound: float | None = None,
+    seed: int = 0,
+    checkpoint: str = "newest",
+    device: Device = "auto",
+) -> int:
+    """Search, for each sample, the noise that gives it the least measure.
+
+    Writes `optimized.safetensors` (`x0`, `before`, `after`), pictures and the curve of the measure.
+
+    Args:
+        run: a run, a saved flow, or a pipeline of diffusers.
+        out: folder to write into.
+        measuring: what is made small.
+        searching: how.
+        count: samples.
+        label: of all samples; labels in turn by default.
+        keep: norm keeps each noise on the sphere it began on, where Gaussian noise is; free lets it go.
+        bound: largest change of any element of the noise.
+        seed: noise i depends on (seed, i) only.
+        checkpoint: newest, best or an iteration.
+        device: where to run.
+    """
+    flow, x0, condition = _opened(run, checkpoint, device, count, label, seed)
+    metric = measuring.open(flow, count)
+    with Progress(searching.iterations, "optimizing noise") as bar:
+        found = optimize_noise(
+            flow,
+            metric,
+            x0,
+            condition=condition,
+            search=searching.search(flow),
+            keep=keep,
+            bound=bound,
+            watch=lambda i, value: bar.update(i, f"measure {value:.4g}"),
+        )
+    return _written(out, found, run, {"x0": found.value})
+
+
+def optimize_condition_of(
+    run: tyro.conf.Positional[Path],
+    out: Path,
+    measuring: Measuring = Measuring(),
+    searching: Searching = Searching(),
+    count: int = 16,
+    start: int | None = None,
+    seed: int = 0,
+    checkpoint: str = "newest",
+    device: Device = "auto",
+) -> int:
+    """Search one row of a class embedding whose samples have the least measure: a class that the network never saw.
+
+    Writes `optimized.safetensors` (`label`, the row; `x0`, `before`, `after`), pictures and the curve of the measure. From
+    Python the row is a condition: `flow.sample(condition={"label": row.expand(count, -1)})`.
+
+    Args:
+        run: a run or a saved flow with classes.
+        out: folder to write into.
+        measuring: what is made small.
+        searching: how.
+        count: samples whose mean measure it is; with --example as many as there are examples.
+        start: class to start from; the mean of all by default.
+        seed: of their noise.
+        checkpoint: newest, best or an iteration.
+        device: where to run.
+    """
+    flow = open_flow(run, checkpoint, device)
+    if flow.conditions != ("label",):
+        raise ValueError("this flow has no classes; optimise its condition from Python (recipes.optimization)")
+    row = class_row(flow.network, start)
+    null = class_row(flow.network, int(flow.null["label"]))
+    x0 = numbered_source(flow, seed, range(count), None).to(flow.device)
+    metric = measuring.open(flow, count)
+    with Progress(searching.iterations, "optimizing condition") as bar:
+        found = optimize_condition(
+            flow,
+            metric,
+            x0,
+            row,
+            null=null,
+            search=searching.search(flow),
+            watch=lambda i, value: bar.update(i, f"measure {value:.4g}"),
+        )
+    return _written(out, found, run, {"label": found.value, "x0": x0})
+
+
+def optimize_weights_of(
+    run: tyro.conf.Positional[Path],
+    out: Path,
+    measuring: Measuring = Measuring(),
+    searching: Searching = Searching(lr=1e-3, iterations=60),
+    count: int = 32,
+    label: int | None = None,
+    rank: int = 0,
+    only: tuple[str, ...] = (),
+    seed: int = 0,
+    checkpoint: str = "newest",
+    device: Device = "auto",
+) -> int:
+    """Tune a copy of the weights until samples have a small measure, on fresh noise at every iteration.
+
+    Writes the tuned flow into `flow` (sample it with `pantarhei sample OUT/flow`), `optimized.safetensors` (`x0`, `before`,
+    `after`), pictures and the curve of the measure.
+
+    Args:
+        run: a run, a saved flow, or a pipeline of diffusers.
+        out: folder to write into.
+        measuring: what is made small.
+        searching: how.
+        count: samples of each iteration.
+        label: of all samples; labels in turn by default.
+        rank: train low-rank additions of this rank; 0 trains the weights.
+        only: parts of the names of the weights to train.
+        seed: of the noise.
+        checkpoint: newest, best or an iteration.
+        device: where to run.
+    """
+    flow, x0, condition = _opened(run, checkpoint, device, count, label, seed)
+    metric = measuring.open(flow, count)
+    with Progress(searching.iterations, "optimizing weights") as bar:
+        found = optimize_weights(
+            flow,
+            metric,
+            x0,
+            condition=condition,
+            low_rank=LowRank(rank) if rank else None,
+            only=only,
+            search=searching.search(flow),
+            seed=seed,
+            watch=lambda i, value: bar.update(i, f"measure {value:.4g}"),
+        )
+    found.value.save_pretrained(out / "flow")
+    return _written(out, found, run, {"x0": x0})
+
+
+def optimize_audit(
+    run: tyro.conf.Positional[Path],
+    out: Path,
+    classifier: Annotated[Path, tyro.conf.arg(metavar="RUN2")],
+    searching: Searching = Searching(lr=0.5, iterations=30),
+    count: int = 64,
+    bound: float = 0.1,
+    seed: int = 0,
+    checkpoint: str = "newest",
+    device: Device = "auto",
+) -> int:
+    """How often does a classifier fail on samples from noise within a box around the drawn one?
+
+    Only samples that it has right to begin with count, success is measured on images as they are saved (8 bits), and random
+    noise in the same box is the control. Writes `audit.json`, `optimized.safetensors` and pictures.
+
+    Args:
+        run: a run with classes.
+        out: folder to write into.
+        classifier: a run on whose data the classifier is trained.
+        searching: how; steps go along the gradient divided by its norm.
+        count: samples.
+        bound: largest change of any element of the noise.
+        seed: of noise and labels.
+        checkpoint: newest, best or an iteration.
+        device: where to run.
+    """
+    flow, x0, condition = _opened(run, checkpoint, device, count, None, seed)
+    if condition is None or "label" not in condition:
+        raise ValueError("this flow has no classes; audit a classifier of your own from Python (recipes.optimization)")
+    judge = classifier_of(classifier).to(flow.device)
+    with Progress(searching.iterations, "searching") as bar:
+        found = audit(
+            flow,
+            judge.classify,
+            x0,
+            condition["label"].to(flow.device),
+            condition=condition,
+            bound=bound,
+            search=searching.search(flow),
+            seed=seed,
+            watch=lambda i, value: bar.update(i, f"log-chance {value:.4g}"),
+        )
+    correct = int(found.correct.sum())
+    figures = {
+        "classifier": judge.name,
+        "correct": correct,
+        "fooled": int(found.fooled.sum()),
+        "rate": found.rate,
+        "control": found.control,
+        "bound": bound,
+        "distance": float(found.distance.mean()),
+    }
+    _written(out, found.found, run, {"x0": found.found.value, "fooled": found.fooled})
+    write_json(out / "audit.json", figures)
+    print(
+        f"{judge.name}: of {correct} samples that it had right {figures['fooled']} fool it ({100 * found.rate:.1f} %), "
+        f"by chance {100 * found.control:.1f} %; images moved by {figures['distance']:.3g} (root mean square)"
+    )
+    return 0
+
+
+def optimize_posterior(
+    run: tyro.conf.Positional[Path],
+    out: Path,
+    operator: str,
+    input: Path | None = None,
+    noise: float = 0.05,
+    spread: float = 0.5,
+    way: Literal["guidance", "noise"] = "guidance",
+    searching: Searching = Searching(iterations=60, steps=40),
+    scale: float = 1.0,
+    count: int = 8,
+    seed: int = 0,
+    checkpoint: str = "newest",
+    device: Device = "auto",
+) -> int:
+    """Data from a noisy measurement: in-painting, deblurring, sparse sensors, or any function of yours.
+
+    Measures items, adds noise, and draws samples that agree with what was measured: by guiding the ODE, or by searching for
+    noise. Writes `posterior.safetensors` (`truth`, `measured`, `x`) and pictures.
+
+    Args:
+        run: a run or a saved flow, without conditions.
+        out: folder to write into.
+        operator: mask:SHARE (that share of the pixels is known), box:SIDE (all but a square in the middle), blur:WIDTH,
+            sensors:NUMBER, or FILE.py:function.
+        input: what is measured: images (a folder, zip or file) or .safetensors with x; held-out data by default.
+        noise: standard deviation of the noise.
+        spread: of guidance, the standard deviation of the data.
+        way: guidance (diffusion posterior sampling) or noise (D-Flow).
+        searching: how noise is searched, and the sampler.
+        scale: of guidance.
+        count: items.
+        seed: of everything that is drawn.
+        checkpoint: newest, best or an iteration.
+        device: where to run.
+    """
+    flow = open_flow(run, checkpoint, device)
+    if flow.conditions:
+        raise ValueError("posterior: give a flow without conditions, or do this from Python (flow.posterior_sample)")
+    if input is not None:
+        truth = read_input(input, flow, count, ("x", "x1"))[0]
+    else:
+        held_out = data_of(run)[1]
+        truth = held_out.fetch(torch.arange(min(count, len(held_out))))["x1"].to(flow.device, flow.dtype)
+    generator = seeded(seed, 73, device=flow.device)
+    measure = _operator(operator, tuple(truth.shape[1:]), seeded(seed, 74))
+    clean = measure(truth)
+    value = clean + noise * torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=clean.device)
+    measurement = Measurement(measure, value, noise, spread)
+    x0 = numbered_source(flow, seed, range(len(truth)), None).to(flow.device)
+    if way == "guidance":
+        x = posterior_sample(
+            flow, measurement, x0=x0, scale=scale, steps=searching.steps, method=searching.method, decode=False
+        )
+    else:
+        with Progress(searching.iterations, "searching noise") as bar:
+            x = optimize_noise(
+                flow,
+                measurement.mismatch,
+                x0,
+                search=Search(
+                    searching.iterations,
+                    searching.lr,
+                    sampling={**searching.search(flow).sampling, "decode": False},
+                    batch=len(truth),
+                ),
+                watch=lambda i, v: bar.update(i, f"mismatch {v:.4g}"),
+            ).after
+    misses = float(measurement.residual(x).square().mean().sqrt())
+    error = float((x - truth).square().mean().sqrt())
+    tensors = {"truth": truth, "measured": value, "x": x, "x0": x0}
+    write_tensors(out / "posterior.safetensors", {k: v.float().cpu() for k, v in tensors.items()}, {"run": str(run)})
+    save_picture(truth.float().cpu(), out / "truth.png", "truth")
+    save_picture(flow.decode(x).float().cpu(), out / "x.png", "samples")
+    if value.shape == truth.shape:
+        save_picture(value.float().cpu(), out / "measured.png", "measured")
+    print(
+        f"{len(x)} samples: they miss the measurement by {misses:.4g} (its noise is {noise:g}), the truth by {error:.4g} "
+        f"(the data's deviation is {float(truth.std()):.3g}) in {out}"
+    )
+    return 0
+
+
+def _operator(text: str, shape: tuple[int, ...], generator: torch.Generator) -> Any:
+    kind, _, rest = text.partition(":")
+    if kind not in ("mask", "box", "blur", "sensors"):
+        return function_of(text)
+    try:
+        number = float(rest)
+    except ValueError:
+        raise ValueError(f"--operator: {kind} needs a number, such as {kind}:2, got {text!r}") from None
+    if len(shape) != 3:
+        raise ValueError(f"--operator: {kind} is for images and fields on a grid; give FILE.py:function")
+    height, width = shape[1:]
+    if kind == "mask" and 0 < number < 1:
+        return Masked((torch.rand(1, height, width, generator=generator) < number).float())
+    if kind == "box" and 1 <= number < min(height, width):
+        side = int(number)
+        mask = torch.ones(1, height, width)
+        mask[:, (height - side) // 2 : (height + side) // 2, (width - side) // 2 : (width + side) // 2] = 0
+        return Masked(mask)
+    if kind == "blur" and number > 0:
+        return Blurred(number)
+    if kind == "sensors" and 1 <= number <= height * width:
+        at = torch.randperm(height * width, generator=generator)[: int(number)]
+        return Sensors(torch.stack([at // width, at % width], dim=1))
+    raise ValueError(f"--operator: {rest} is out of range for {kind} on items of shape {shape}")
+
+
+def _opened(
+    run: Path, checkpoint: str, device: Device, count: int, label: int | None, seed: int
+) -> tuple[Flow, Tensor, dict[str, Tensor] | None]:
+    """The flow, numbered noise, and the conditions of the samples."""
+    if count < 1:
+        raise ValueError(f"--count: must be at least 1, got {count}")
+    flow = open_flow(run, checkpoint, device)
+    others = data_of(run)[1] if flow.conditions and flow.conditions != ("label",) else None
+    condition = numbered_conditions(flow, seed, others)(range(count)) or None
+    if label is not None:
+        classes = flow.null.get("label")
+        if condition is None or "label" not in condition or not isinstance(classes, int) or not 0 <= label < classes:
+            raise ValueError(f"--label: this flow has {classes or 'no'} classes, got {label}")
+        condition["label"] = torch.full((count,), label)
+    return flow, numbered_source(flow, seed, range(count), condition).to(flow.device), condition
+
+
+def _written(out: Path, found: Found, run: Path, more: dict[str, Tensor]) -> int:
+    tensors = {"before": found.before, "after": found.after, **more}
+    plain = {name: value.float().cpu() for name, value in tensors.items()}
+    write_tensors(out / "optimized.safetensors", plain, {"run": str(run)})
+    save_picture(found.before.float().cpu(), out / "before.png", "before")
+    save_picture(found.after.float().cpu(), out / "after.png", "after")
+    series = {"mean measure": (list(range(len(found.losses))), list(found.losses))}
+    curves(series, xlabel="iteration", ylabel="measure").savefig(out / "measure.png", dpi=120)
+    least = min(found.losses)
+    print(f"measure {found.losses[0]:.4g} to {found.losses[-1]:.4g} (least {least:.4g}) in {out}")
+    return 0
