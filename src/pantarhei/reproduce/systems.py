@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pantarhei.reproduce.adjoint_dpm import EXPERIMENTS as ADJOINT_DPM
 from pantarhei.reproduce.claims import Experiment
 from pantarhei.reproduce.consistency_trajectory_models import EXPERIMENTS as CONSISTENCY_TRAJECTORY_MODELS
 from pantarhei.reproduce.rectified_diffusion import EXPERIMENTS as RECTIFIED_DIFFUSION
@@ -10,6 +11,7 @@ from pantarhei.reproduce.rectified_flow_plus_plus import EXPERIMENTS as RECTIFIE
 from pantarhei.reproduce.stochastic_interpolants import EXPERIMENTS as STOCHASTIC_INTERPOLANTS
 
 EXPERIMENTS: dict[str, tuple[Experiment, ...]] = {
+    "adjoint-dpm": ADJOINT_DPM,
     "consistency-trajectory-models": CONSISTENCY_TRAJECTORY_MODELS,
     "rectified-diffusion": RECTIFIED_DIFFUSION,
     "rectified-flow": RECTIFIED_FLOW,
