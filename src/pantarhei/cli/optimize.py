@@ -131,6 +131,7 @@ def optimize_noise_of(
     searching: Searching = Searching(),
     count: int = 16,
     label: int | None = None,
+    prompt: str = "",
     keep: Literal["norm", "free"] = "norm",
     bound: float | None = None,
     seed: int = 0,
@@ -148,13 +149,14 @@ def optimize_noise_of(
         searching: how.
         count: samples.
         label: of all samples; labels in turn by default.
+        prompt: of all samples of a pipeline that reads prompts.
         keep: norm keeps each noise on the sphere it began on, where Gaussian noise is; free lets it go.
         bound: largest change of any element of the noise.
         seed: noise i depends on (seed, i) only.
         checkpoint: newest, best or an iteration.
         device: where to run.
     """
-    flow, x0, condition = _opened(run, checkpoint, device, count, label, seed)
+    flow, x0, condition = _opened(run, checkpoint, device, count, label, seed, prompt)
     metric = measuring.open(flow, count)
     with Progress(searching.iterations, "optimizing noise") as bar:
         found = optimize_noise(
@@ -177,31 +179,31 @@ def optimize_condition_of(
     searching: Searching = Searching(),
     count: int = 16,
     start: int | None = None,
+    prompt: str = "",
     seed: int = 0,
     checkpoint: str = "newest",
     device: Device = "auto",
 ) -> int:
-    """Search one row of a class embedding whose samples have the least measure: a class that the network never saw.
+    """Search the embedding whose samples have the least measure: what no class and no word stands for.
 
-    Writes `optimized.safetensors` (`label`, the row; `x0`, `before`, `after`), pictures and the curve of the measure. From
-    Python the row is a condition: `flow.sample(condition={"label": row.expand(count, -1)})`.
+    Of a network with classes it is a row of its class embedding; of a pipeline that reads prompts the text's embedding, of
+    which the prompt's own tokens stay. Writes `optimized.safetensors` (`label` or `text`; `x0`, `before`, `after`), pictures
+    and the curve of the measure. From Python it is a condition: `flow.sample(condition={"label": row.expand(count, -1)})`.
 
     Args:
-        run: a run or a saved flow with classes.
+        run: a run, a saved flow, or a pipeline of diffusers.
         out: folder to write into.
         measuring: what is made small.
         searching: how.
         count: samples whose mean measure it is; with --example as many as there are examples.
         start: class to start from; the mean of all by default.
+        prompt: of a pipeline, the text to start from.
         seed: of their noise.
         checkpoint: newest, best or an iteration.
         device: where to run.
     """
     flow = open_flow(run, checkpoint, device)
-    if flow.conditions != ("label",):
-        raise ValueError("this flow has no classes; optimise its condition from Python (recipes.optimization)")
-    row = class_row(flow.network, start)
-    null = class_row(flow.network, int(flow.null["label"]))
+    row, how = _embedding(flow, start, prompt)
     x0 = numbered_source(flow, seed, range(count), None).to(flow.device)
     metric = measuring.open(flow, count)
     with Progress(searching.iterations, "optimizing condition") as bar:
@@ -210,11 +212,31 @@ def optimize_condition_of(
             metric,
             x0,
             row,
-            null=null,
+            **how,
             search=searching.search(flow),
             watch=lambda i, value: bar.update(i, f"measure {value:.4g}"),
         )
-    return _written(out, found, run, {"label": found.value, "x0": x0})
+    return _written(out, found, run, {how["name"]: found.value, "x0": x0})
+
+
+def _embedding(flow: Flow, start: int | None, prompt: str) -> tuple[Tensor, dict[str, Any]]:
+    """The row to start from, and what else `optimize_condition` has to know of it."""
+    if flow.conditions == ("label",):
+        if prompt:
+            raise ValueError("--prompt: this flow reads no prompts; --start names a class")
+        null = flow.null["label"]
+        return class_row(flow.network, start), {"name": "label", "nulls": {"label": class_row(flow.network, int(null))}}
+    if flow.conditions != ("tokens",) or start is not None:
+        raise ValueError("this flow has no classes; optimise its condition from Python (recipes.optimization)")
+    network: Any = flow.network
+    tokens = torch.stack([network.tokenize([prompt])[0], torch.as_tensor(flow.null["tokens"])]).to(flow.device)
+    both = network.embed(tokens)
+    row, nulls = both["text"][0], {name: value[1] for name, value in both.items()}
+    ends = (tokens[0] != tokens[0, -1]).nonzero()
+    own = int(ends[-1]) + 1 if len(ends) else 0  # the tokens before the padding
+    free = torch.arange(len(row), device=row.device)[:, None] >= min(own, len(row) - 1)
+    others = {name: value[0] for name, value in both.items() if name != "text"}
+    return row, {"name": "text", "others": others, "nulls": nulls, "free": free}
 
 
 def optimize_weights_of(
@@ -224,6 +246,7 @@ def optimize_weights_of(
     searching: Searching = Searching(lr=1e-3, iterations=60),
     count: int = 32,
     label: int | None = None,
+    prompt: str = "",
     rank: int = 0,
     only: tuple[str, ...] = (),
     seed: int = 0,
@@ -242,13 +265,14 @@ def optimize_weights_of(
         searching: how.
         count: samples of each iteration.
         label: of all samples; labels in turn by default.
+        prompt: of all samples of a pipeline that reads prompts.
         rank: train low-rank additions of this rank; 0 trains the weights.
         only: parts of the names of the weights to train.
         seed: of the noise.
         checkpoint: newest, best or an iteration.
         device: where to run.
     """
-    flow, x0, condition = _opened(run, checkpoint, device, count, label, seed)
+    flow, x0, condition = _opened(run, checkpoint, device, count, label, seed, prompt)
     metric = measuring.open(flow, count)
     with Progress(searching.iterations, "optimizing weights") as bar:
         found = optimize_weights(
@@ -438,12 +462,20 @@ def _operator(text: str, shape: tuple[int, ...], generator: torch.Generator) -> 
 
 
 def _opened(
-    run: Path, checkpoint: str, device: Device, count: int, label: int | None, seed: int
+    run: Path, checkpoint: str, device: Device, count: int, label: int | None, seed: int, prompt: str = ""
 ) -> tuple[Flow, Tensor, dict[str, Tensor] | None]:
     """The flow, numbered noise, and the conditions of the samples."""
     if count < 1:
         raise ValueError(f"--count: must be at least 1, got {count}")
     flow = open_flow(run, checkpoint, device)
+    reads = "tokens" in flow.conditions
+    if prompt and not reads:
+        raise ValueError("--prompt: this flow reads no prompts")
+    if reads:
+        network: Any = flow.network
+        tokens = network.tokenize([prompt])
+        texts = {"tokens": tokens.expand(count, *tokens.shape[1:])}
+        return flow, numbered_source(flow, seed, range(count), texts).to(flow.device), texts
     others = data_of(run)[1] if flow.conditions and flow.conditions != ("label",) else None
     condition = numbered_conditions(flow, seed, others)(range(count)) or None
     if label is not None:

@@ -222,6 +222,19 @@ class DiffusersNetwork(nn.Module):
         """
         return self._encoders().tokenize(prompts)
 
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> dict[str, Tensor]:
+        """What the text encoders make of token ids (B, L): the conditions `text` (B, L', D) and, where it is one, `pooled`.
+
+        They serve as conditions in the place of tokens, and may be changed.
+
+        Raises:
+            ValueError: the network has no text encoders.
+        """
+        dtype = next(p.dtype for p in self.model.parameters())
+        text, pooled = self._encoders().encode(tokens, torch.promote_types(dtype, torch.float32))
+        return {"text": text, **({} if pooled is None else {"pooled": pooled})}
+
     def _text_encoders(self) -> TextEncoders | None:
         config = self.config
         if config.text is None:

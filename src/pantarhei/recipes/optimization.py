@@ -167,7 +167,7 @@ def optimize_condition(
     name: str | None = None,
     others: dict[str, Tensor] | None = None,
     free: Tensor | None = None,
-    null: Tensor | None = None,
+    nulls: dict[str, Tensor] | None = None,
     search: Search = Search(lr=0.05, iterations=50),
     watch: Watch | None = None,
 ) -> Found:
@@ -179,10 +179,10 @@ def optimize_condition(
         x0: noises of the samples, (B, *shape).
         start: one row of the condition, floating-point: a text's embedding, or a row for a network of ours with classes
             (see `class_row`).
-        name: which condition, where the flow has several.
-        others: rows of the flow's other conditions.
+        name: which condition, where the flow has several, or its network takes it instead of another (`text` of tokens).
+        others: one row of each of the network's other conditions.
         free: where it may change (true), of a shape that broadcasts to it: the tokens after those of a prompt, say.
-        null: its row for no condition, for guidance; that of the flow, where it is one.
+        nulls: rows for no condition, for guidance: of this one and the others, where the flow's own do not fit.
         search: iterations and step sizes.
         watch: is told iteration and mean metric.
 
@@ -194,11 +194,11 @@ def optimize_condition(
         FloatingPointError: a metric that is not finite.
     """
     name = name or (flow.conditions[0] if len(flow.conditions) == 1 else None)
-    if name is None or name not in flow.conditions:
+    if name is None:
         raise ValueError(f"name: which condition? this flow has {', '.join(flow.conditions) or 'none'}")
     if not start.is_floating_point():
         raise ValueError(f"start: a floating-point row of '{name}' is needed, got {start.dtype}")
-    nulls = {**flow.null, **({name: null} if null is not None else {})}
+    dropped = {**flow.null, **(nulls or {})}
     value = start.detach().clone().requires_grad_(True)
     mask = torch.ones_like(start, dtype=torch.bool) if free is None else free.bool().expand_as(start)
     if not bool(mask.any()):
@@ -206,8 +206,8 @@ def optimize_condition(
     optimizer = torch.optim.AdamW([value], lr=search.lr, weight_decay=search.weight_decay)
 
     def condition(row: Tensor, rows: int) -> Condition:
-        beside = {key: v.expand(rows, *v.shape[1:]) for key, v in (others or {}).items()}
-        return Condition({name: row.expand(rows, *row.shape), **beside}, nulls)
+        beside = {key: v.expand(rows, *v.shape) for key, v in (others or {}).items()}
+        return Condition({name: row.expand(rows, *row.shape), **beside}, dropped)
 
     def gradient() -> float:
         return _accumulated(flow, metric, x0, search, lambda rows: condition(value, rows), None)

@@ -92,7 +92,7 @@ def vocabulary(settings: Settings) -> dict[str, float]:
         metric,
         x0[:32],
         row,
-        null=class_row(flow.network, 10),
+        nulls={"label": class_row(flow.network, 10)},
         search=Search(30, 0.05, sampling=SAMPLING),
     )
     named = {"label": by_row.value.expand(len(x0), -1)}
