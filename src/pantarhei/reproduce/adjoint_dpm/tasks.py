@@ -85,7 +85,7 @@ def vocabulary(settings: Settings) -> dict[str, float]:
     def distance(x: Tensor) -> float:
         return metrics.sliced_wasserstein(x.flatten(1), made.hidden.flatten(1), generator=seeded(0, 111))
 
-    by_noise = optimize_noise(flow, metric, x0, condition=null, search=Search(30, 0.05, sampling=SAMPLING), keep="norm")
+    by_noise = optimize_noise(flow, metric, x0, condition=null, search=Search(30, 0.3, sampling=SAMPLING), keep="norm")
     row = class_row(flow.network)
     by_row = optimize_condition(
         flow,
@@ -93,7 +93,7 @@ def vocabulary(settings: Settings) -> dict[str, float]:
         x0[:32],
         row,
         nulls={"label": class_row(flow.network, 10)},
-        search=Search(30, 0.05, sampling=SAMPLING),
+        search=Search(30, 0.3, sampling=SAMPLING),
     )
     named = {"label": by_row.value.expand(len(x0), -1)}
     fresh = torch.randn(x0.shape, generator=seeded(settings.seed, 112))
