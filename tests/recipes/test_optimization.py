@@ -209,3 +209,11 @@ def test_saved_images():
     x = torch.tensor([-2.0, -1.0, 0.0, 0.5, 3.0])
     assert torch.equal((rounded(x) + 1) * 127.5, ((rounded(x) + 1) * 127.5).round())
     assert rounded(x)[[0, -1]].tolist() == [-1.0, 1.0]
+
+
+def test_metrics_keep_their_own_gradients_and_have_to_be_differentiable():
+    judge = nn.Linear(2, 1)
+    optimize_noise(modes(), lambda x: judge(x)[:, 0], noise(4, 2), search=Search(2, sampling=SAMPLING))
+    assert judge.weight.grad is None
+    with pytest.raises(ValueError, match="metric: it does not depend differentiably"):
+        optimize_noise(modes(), lambda x: (x > 0).float().sum(dim=1), noise(4, 2), search=Search(2, sampling=SAMPLING))

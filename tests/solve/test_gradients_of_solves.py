@@ -287,7 +287,113 @@ def test_refused(options, said):
 def test_nothing_to_differentiate():
     with pytest.raises(ValueError, match="condition: there is none"):
         gradient(loss, lambda x, t: -x, X, wrt=("condition",), method="euler", steps=2)
-    with pytest.raises(ValueError, match="parameters: the field is no module"):
+    with pytest.raises(ValueError, match="parameters: there are none to train"):
         gradient(loss, lambda x, t: -x, X, wrt=("parameters",), method="euler", steps=2)
     with pytest.raises(ValueError, match="loss: a number"):
         gradient(lambda x: x, lambda x, t: -x, X, method="euler", steps=2)
+
+
+# What would go wrong in silence
+
+
+@pytest.mark.parametrize("through", sorted(set(THROUGH) - {"backprop"}))
+def test_there_is_one_way_back(through):
+    leaf = X.clone().requires_grad_(True)
+    end = differentiable(Field(), leaf, condition=C, method="heun", steps=3, through=through)
+    torch.autograd.grad(end.sum(), leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="once only"):
+        torch.autograd.grad(end.sum(), leaf)
+
+
+@pytest.mark.parametrize("through", sorted(THROUGH))
+def test_hooks_that_watch_are_called_on_the_way_back(through):
+    class Numbered(Field):
+        step = 0
+
+        def forward(self, x, t, c):
+            return super().forward(x, t, c) * (1 + self.step)
+
+    field = Numbered()
+
+    def number(x, t, i):
+        field.step = i
+
+    step = solve.Reversible(solve.as_step("heun")) if through == "reversible" else "heun"
+    exact = found(field, method=step, steps=5, before_step=number, through="backprop")
+    ours = found(field, method=step, steps=5, before_step=number, through=through)
+    assert off(ours, exact) < (0.2 if through in ("adjoint", "backsolve") else 1e-11)
+
+
+@pytest.mark.parametrize("through", sorted(THROUGH))
+def test_a_leaf_of_early_times_is_found_too(through):
+    theta = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def gated(x, t):
+        return -x * (theta if float(t) < 0.4 else 1.0)
+
+    with pytest.raises(ValueError, match="was not named"):
+        gradient(lambda x: x.sum(), gated, X, method="midpoint", steps=6, through=through)
+
+
+def test_parameters_that_get_nothing():
+    field, other = Field(), Field()
+    with pytest.raises(ValueError, match="none of them needs a gradient"):
+        differentiable(Field(), X, condition=C, parameters=other.requires_grad_(False), method="euler", steps=2)
+    leaf = X.clone().requires_grad_(True)
+    end = differentiable(field, leaf, condition=C, parameters=Field(), method="euler", steps=2)
+    with pytest.raises(ValueError, match="depends on none of the tensors that were named"):
+        end.sum().backward()
+    named = gradient(loss, field, X, condition=C, wrt=("parameters",), method="euler", steps=2).parameters
+    assert "inner.weight" in named
+
+
+def test_random_reversible_fields_are_refused():
+    with pytest.raises(ValueError, match="draws random numbers"):
+        found(Field(dropout=0.3), method="heun", steps=4, through="reversible")
+
+
+@pytest.mark.parametrize("through", sorted(THROUGH))
+def test_what_becomes_of_the_ends_outside_does_not_matter(through):
+    if through == "backprop":
+        return
+    field, start = Field(), X.clone()
+    leaf = start.requires_grad_(True)
+    end = differentiable(field, leaf, condition=C, method="heun", steps=4, through=through)
+    value = (W * end).sum()
+    with torch.no_grad():
+        end.mul_(2)
+        start.mul_(3)
+    changed = torch.autograd.grad(value, leaf)[0]
+    again = X.clone().requires_grad_(True)
+    same = differentiable(field, again, condition=C, method="heun", steps=4, through=through)
+    assert torch.allclose(changed, torch.autograd.grad((W * same).sum(), again)[0])
+
+
+def test_precision_is_taken_up_again():
+    field = Field().float()
+    x, c = X.float().requires_grad_(True), C.float()
+    grads = []
+    for through in ("checkpoint", "backprop"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            end = differentiable(field, x, condition=c, method="euler", steps=4, through=through)
+        grads.append(torch.autograd.grad(end.float().sum(), x)[0])
+    assert torch.equal(*grads)
+
+
+def test_hooks_need_a_grid():
+    with pytest.raises(ValueError, match="hooks need a fixed grid"):
+        differentiable(Field(), X, condition=C, after_step=lambda x, t, i: None)
+
+
+def test_an_adaptive_gradient_is_verified_on_its_grid():
+    assert found(rtol=1e-3, atol=1e-3, verify=True).report.error < 1e-6
+
+
+def test_backsolve_keeps_nothing_on_the_way():
+    peaks = []
+    for steps in (10, 400):
+        leaf = X.clone().requires_grad_(True)
+        with PeakMemory() as memory:
+            differentiable(Field(), leaf, condition=C, method="euler", steps=steps, through="backsolve")
+        peaks.append(memory.peak)
+    assert peaks[1] - peaks[0] < 3 * X.nbytes

@@ -77,20 +77,23 @@ def differentiable_sample(
         nodes: Any = flow.nodes(how["steps"], times, grid, shift)
         options: dict[str, Any] = {"rtol": rtol, "atol": atol, "every": every, "offload": offload}
         options |= {"truncate": truncate, "report": report, "condition": rows, "parameters": named or None}
-        options |= {"constants": list(flow.network.parameters()), "through": through}
+        options |= {"constants": list(flow.parameters()), "through": through}
         if variables is None:
             step = path_step(how["method"], flow.path, times[-1])
             field = flow.field(guidance, transforms)
-            before = field.number_steps(None) if transforms else None
+            before = field.number_steps(None) if transforms and nodes is not None else None
             return differentiable(
                 _evaluating(flow, field), x, times, method=step, steps=nodes, before_step=before, **options
             )
         if not isinstance(flow.path, AffinePath):
             raise ValueError("variables: another equation is known for affine paths only")
         turned = Reparameterisation(variables, flow.path, flow.interval)
+        estimates = Estimates(flow, guidance, transforms)
+        if transforms and nodes is not None:
+            options["before_step"] = estimates.field.number_steps(None)
         clocks = turned.grid(nodes if nodes is not None else times)
         y = differentiable(
-            _evaluating(flow, turned.field(Estimates(flow, guidance, transforms))),
+            _evaluating(flow, turned.field(estimates)),
             turned.encode(x, times[0]),
             (clocks[0], clocks[-1]),
             method=_free(how["method"]),
@@ -99,7 +102,7 @@ def differentiable_sample(
         )
         return turned.decode(y, times[-1])
 
-    with constant(flow.network.parameters(), named.values()), evaluation_mode(flow.network):
+    with constant(flow.parameters(), named.values()), evaluation_mode(flow.network):
         x = flow.carried(
             flow.first_sigma * x0,
             carry,

@@ -137,7 +137,8 @@ def _search_noise(
             if iteration == 0:
                 before.append(samples.detach())
             if not last:
-                (search.scale * values.sum()).backward()
+                grad = torch.autograd.grad(search.scale * values.sum(), value)[0]
+                value.grad = grad if value.grad is None else value.grad + grad
         values = torch.cat(found).to(least.dtype)
         better = values < least
         best[better], least = value.detach()[better], torch.minimum(values, least)
@@ -210,7 +211,7 @@ def optimize_condition(
         return Condition({name: row.expand(rows, *row.shape), **beside}, dropped)
 
     def gradient() -> float:
-        return _accumulated(flow, metric, x0, search, lambda rows: condition(value, rows), None)
+        return _accumulated(flow, metric, x0, search, lambda rows: condition(value, rows), [value])
 
     before = _all(flow, x0, search, condition(value.detach(), len(x0)))
 
@@ -275,7 +276,7 @@ def optimize_weights(
 
     def gradient() -> float:
         noise = flow.source.draw(tuple(x0.shape), x0, named, generator)
-        return _accumulated(tuned, metric, noise, search, lambda rows: named, trained)
+        return _accumulated(tuned, metric, noise, search, lambda rows: named, list(trained.values()), trained)
 
     before = _all(flow, x0, search, named)
     _, losses, _ = _searched(search, gradient, optimizer.step, lambda: None, optimizer, watch)
@@ -344,7 +345,7 @@ def audit(
             return classifier(images).argmax(dim=1) == labels, images
 
     def confidence(x: Tensor, rows: Tensor) -> Tensor:
-        return -F.cross_entropy(classifier(x), labels[rows], reduction="none")
+        return -F.cross_entropy(classifier(x), labels[rows].to(x.device), reduction="none")
 
     correct, first = right(x0)
     if not bool(correct.any()):
@@ -401,6 +402,10 @@ def _finite(values: Tensor, rows: int) -> Tensor:
         raise ValueError(
             f"metric: one number a sample ({rows},) is needed, or one for all, got shape {tuple(values.shape)}"
         )
+    if torch.is_grad_enabled() and not values.requires_grad:
+        raise ValueError(
+            "metric: it does not depend differentiably on the samples (a comparison, argmax, detach or NumPy in it?)"
+        )
     if not bool(values.isfinite().all()):
         raise FloatingPointError("metric: not finite on the samples; smaller steps, or another start?")
     return values if values.ndim else values.expand(rows)
@@ -428,7 +433,8 @@ def _accumulated(
     x0: Tensor,
     search: Search,
     condition: Callable[[int], Condition | None],
-    parameters: Any,
+    unknowns: Sequence[Tensor],
+    parameters: Any = None,
 ) -> float:
     """The mean metric over all rows, some at a time; its gradient is left with what was optimised."""
     total = 0.0
@@ -438,7 +444,10 @@ def _accumulated(
         samples = differentiable_sample(flow, x0[part], condition=rows, parameters=parameters, **search.sampling)
         values = _finite(metric(samples), len(part))
         share = values.sum() / len(x0)
-        (search.scale * share).backward(retain_graph=False)
+        grads = torch.autograd.grad(search.scale * share, unknowns, allow_unused=True)  # and none of the metric's own
+        for unknown, grad in zip(unknowns, grads, strict=True):
+            if grad is not None:
+                unknown.grad = grad if unknown.grad is None else unknown.grad + grad
         total += float(share.detach())
         named = condition(len(x0))  # a fresh graph to what is optimised
     return total

@@ -251,6 +251,7 @@ class Symplectic:
 
     def _back(self, i: int, x: State, a: State) -> State:
         problem, t = self.problem, self.problem.grid[i]
+        problem.only_watched(i, x, problem.before)
         tableau, dt = tableau_of(problem.step), self.problem.grid[i + 1] - t
         stages, slopes = [x], []
         with torch.no_grad():
@@ -293,9 +294,12 @@ class Adjoint:
 
     def forward(self, x: State) -> list[State]:
         """Keep the state after each step, or the last."""
-        states = _nodes(self.problem, x)
-        self._states = states if self.stored else states[-1:]
-        return [states[i] for i in self.asked]
+        if self.stored:
+            self._states = _nodes(self.problem, x)
+            return [self._states[i] for i in self.asked]
+        found = _nodes(self.problem, x, self.asked)
+        self._states = found[-1:]
+        return found
 
     def backward(self, cotangents: Cotangents) -> State:
         """Step by step, the last one first."""
@@ -317,6 +321,7 @@ class Adjoint:
 
     def _back(self, i: int, x: State, a: State) -> tuple[State, State]:
         problem, t = self.problem, self.problem.grid[i + 1]
+        problem.only_watched(i, x, problem.before)
         tableau, dt = tableau_of(problem.step), self.problem.grid[i] - t
         slopes: list[State] = []
         pulled: list[
@@ -357,6 +362,8 @@ class Backwards:
         """Keep the last pair."""
         problem, found = self.problem, [x] if 0 in self.asked else []
         memory, fresh = None, True
+        device = leaves(x)[0].device
+        first = _random_state(device)
         for i in range(problem.count):
             problem.only_watched(i, x, problem.before)
             if fresh:
@@ -366,6 +373,7 @@ class Backwards:
             problem.only_watched(i, x, problem.after, end=True)
             if i + 1 in self.asked:
                 found.append(x)
+        _check_random(first, device)
         self._last = (x, memory)
         return found
 
@@ -380,6 +388,7 @@ class Backwards:
         b: State = map_state(torch.zeros_like, a)
         for i in range(problem.count - 1, -1, -1):
             t, end = problem.grid[i], problem.grid[i + 1]
+            problem.only_watched(i, y, problem.before)
             up, of_y = self._increment(y, end, t - end, map_state(torch.neg, b))
             z = map_state(torch.add, z, up)
             a = map_state(torch.add, a, of_y)
@@ -425,15 +434,15 @@ def square_root(count: int) -> int:
 
 
 @torch.no_grad()
-def _nodes(problem: Problem, x: State) -> list[State]:
-    """The states at all nodes.
+def _nodes(problem: Problem, x: State, wanted: Sequence[int] | None = None) -> list[State]:
+    """The states at all nodes, or at some.
 
     Raises:
         ValueError: the field draws random numbers, or a hook changes the state.
     """
     device = leaves(x)[0].device
     first = _random_state(device)
-    states, memory, fresh = [x], None, True
+    states, memory, fresh = [x] if wanted is None or 0 in wanted else [], None, True
     for i in range(problem.count):
         t, end = problem.grid[i], problem.grid[i + 1]
         problem.only_watched(i, x, problem.before)
@@ -442,13 +451,18 @@ def _nodes(problem: Problem, x: State) -> list[State]:
         result = problem.step(problem.field, x, t, end - t, memory)
         x, memory = result.x, result.memory
         problem.only_watched(i, x, problem.after, end=True)
-        states.append(x)
+        if wanted is None or i + 1 in wanted:
+            states.append(x)
+    _check_random(first, device)
+    return states
+
+
+def _check_random(first: list[Tensor], device: torch.device) -> None:
     if not _same(first, _random_state(device)):
         raise ValueError(
             "through: the field draws random numbers (is its network in training mode?), which only 'checkpoint' and "
             "'backprop' can repeat"
         )
-    return states
 
 
 def _evaluated(

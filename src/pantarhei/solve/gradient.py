@@ -21,7 +21,7 @@ from pantarhei.solve.ode import Hook, check_grid, check_times
 from pantarhei.solve.reversible import Reversible
 from pantarhei.solve.state import CountedField, Field, State, check_state, leaves, map_state, tensors_of, with_tensors
 from pantarhei.solve.steps import Step
-from pantarhei.solve.unknowns import Unknowns, check_leaves, constant, own_parameters, parameters_of
+from pantarhei.solve.unknowns import Unknowns, check_leaves, constant, own_module, parameters_of
 
 Through = Literal["checkpoint", "backprop", "symplectic", "adjoint", "backsolve", "reversible"]
 THROUGH: dict[str, str] = {
@@ -48,6 +48,7 @@ class Report:
         kept_bytes: states (and memories of steps) that were kept for the way back.
         peak_bytes: the most memory that was held at once, beyond what was there before; None where it was not measured.
         error: relative error of a directional derivative against a difference; None where it was not verified.
+        times: nodes of the grid; with error control those of the accepted steps.
     """
 
     through: str = ""
@@ -57,6 +58,7 @@ class Report:
     kept_bytes: int = 0
     peak_bytes: int | None = None
     error: float | None = None
+    times: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,9 @@ def gradient(
         raise ValueError(f"wrt: some of state, condition and parameters are needed, got {', '.join(wrt) or 'nothing'}")
     named = {}
     if "parameters" in wrt:
-        named = parameters_of(own_parameters(field) if parameters is None else parameters)
+        named = parameters_of(own_module(field) if parameters is None else parameters)
         if not named:
-            raise ValueError("parameters: the field is no module and has none of its own; give them")
+            raise ValueError("parameters: there are none to train; give a module or tensors that the field depends on")
     conditions = [t for t in tensors_of(plain(condition)) if t.is_floating_point()] if "condition" in wrt else []
     if "condition" in wrt and not conditions:
         raise ValueError("condition: there is none with floating-point tensors")
@@ -145,7 +147,14 @@ def gradient(
         report,
     )
     if verify:
-        again = {**options, "report": None, "through": "reversible" if report.through == "reversible" else "checkpoint"}
+        if any(t.stride() != t.contiguous().stride() for t in conditions):
+            raise ValueError("verify: a condition whose rows share their memory cannot be changed; give it contiguous")
+        again = {
+            **options,
+            "report": None,
+            "steps": report.times,
+            "through": "reversible" if report.through == "reversible" else "checkpoint",
+        }
 
         def at() -> float:
             torch.set_rng_state(random)
@@ -153,7 +162,7 @@ def gradient(
                 return float(loss(differentiable(field, start, times, condition=condition, **again)))
 
         report.error = _directional_error(at, inputs, grads)
-        limit = 1e-4 if leaves(x)[0].dtype == torch.float64 else 0.05
+        limit = {torch.float64: 1e-4, torch.float32: 0.05}.get(leaves(x)[0].dtype, float("inf"))
         if report.through in EXACT and options.get("truncate") is None and not report.error <= limit:
             raise FloatingPointError(
                 f"verify: along a random direction the gradient is off by {report.error:.2g} of itself; is the loss or the "
@@ -207,7 +216,8 @@ def differentiable(
 
     Raises:
         ValueError: settings that do not go together; on the way back a field that depends on something else that needs
-            gradients, or that draws random numbers where they cannot be drawn again.
+            gradients, or on none of the parameters; or that draws random numbers where they cannot be drawn again.
+        RuntimeError: a second way back.
     """
     check_state(x)
     if through not in THROUGH:
@@ -221,10 +231,16 @@ def differentiable(
             *(p for p in parameters_of(parameters).values() if p.requires_grad),
         ]
     )
-    fixed = [*parameters_of(constants).values(), *own_parameters(field)]
+    if parameters is not None and not any(p.requires_grad for p in parameters_of(parameters).values()):
+        raise ValueError("parameters: none of them needs a gradient; are they frozen?")
+    owner = own_module(field)
+    fixed = [*parameters_of(constants).values(), *(owner.parameters() if owner is not None else ())]
     counted, report = CountedField(field, condition), report if report is not None else Report()
     with constant(fixed, unknowns.tensors):
+        if (before_step or after_step) and steps is None and step.adaptive:
+            raise ValueError("before_step, after_step: hooks need a fixed grid; give steps= as well")
         grid = _grid(counted, step, x, asked, steps, Tolerance(rtol, atol))
+        report.times = grid
         problem = Problem(counted, step, grid, unknowns, leaves(x)[0].device, before_step, after_step)
         nodes = _nodes(grid, asked)
         report.through, report.steps = through, problem.count
@@ -236,11 +252,21 @@ def differentiable(
             report.forward = counted.calls
             return states[-1] if len(asked) == 2 else map_state(lambda *parts: torch.stack(parts), *states)
     way = _way(through, problem, nodes, every, offload, truncate, x)
-    run = _Run(way, problem, nodes, x, fixed, report)
+    run = _Run(way, problem, nodes, x, fixed, report, _autocast(leaves(x)[0].device.type))
     flat = _Solve.apply(run, *leaves(x), *unknowns.tensors)
     width = len(leaves(x))
     found = [with_tensors(x, flat[i : i + width]) for i in range(0, len(flat), width)]
     return found[-1] if len(asked) == 2 else map_state(lambda *parts: torch.stack(parts), *found)
+
+
+def _autocast(kind: str) -> dict[str, Any]:
+    """The present precision, to be taken up again on the way back."""
+    return {
+        "device_type": kind,
+        "enabled": torch.is_autocast_enabled(kind),
+        "dtype": torch.get_autocast_dtype(kind),
+        "cache_enabled": torch.is_autocast_cache_enabled(),
+    }
 
 
 def plain(condition: Any) -> Any:
@@ -258,6 +284,8 @@ class _Run:
     x: State
     fixed: list[Tensor]
     report: Report
+    autocast: dict[str, Any]
+    used: bool = False
 
 
 class _Solve(torch.autograd.Function):
@@ -267,22 +295,25 @@ class _Solve(torch.autograd.Function):
     def forward(ctx: Any, run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Solve without a graph."""
         ctx.run = run
-        x = with_tensors(run.x, [t.detach() for t in tensors])
+        x = with_tensors(run.x, [t.detach().clone() for t in tensors])  # whatever becomes of it outside
         with constant(run.fixed, run.problem.unknowns.tensors):
             found = run.way.forward(x)
         run.report.forward, run.report.kept_bytes = run.problem.field.calls, run.way.kept_bytes()
-        if run.nodes[0] == 0:  # what comes in must not be what goes out
-            found[0] = map_state(Tensor.clone, found[0])
-        return tuple(leaf for state in found for leaf in leaves(state))
+        return tuple(leaf.clone() for state in found for leaf in leaves(state))  # the way back keeps its own
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Carry the gradient back."""
         run = ctx.run
+        if run.used:
+            raise RuntimeError(
+                "a solve is gone through backwards once only: what was kept for it is freed; solve again"
+            )
+        run.used = True
         width = len(leaves(run.x))
         cotangents = {node: with_tensors(run.x, grads[i * width : (i + 1) * width]) for i, node in enumerate(run.nodes)}
-        with constant(run.fixed, run.problem.unknowns.tensors):
+        with constant(run.fixed, run.problem.unknowns.tensors), torch.autocast(**run.autocast):
             a = run.way.backward(cotangents)
         run.report.backward = run.problem.field.calls - run.report.forward
         return (None, *leaves(a), *run.problem.unknowns.gradients())

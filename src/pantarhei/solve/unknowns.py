@@ -24,7 +24,6 @@ class Unknowns:
     def __init__(self, tensors: Iterable[Tensor]):
         self.tensors = tuple(tensors)
         self.sums: list[Tensor | None] = [None] * len(self.tensors)
-        self._checked = False
 
     def pull(
         self,
@@ -47,9 +46,9 @@ class Unknowns:
         if not pairs:
             return [torch.zeros_like(x) for x in inputs]
         ends, given = zip(*pairs, strict=True)
-        if not self._checked:
-            check_leaves(ends, [*inputs, *self.tensors])
-            self._checked = True
+        check_leaves(
+            ends, [*inputs, *self.tensors]
+        )  # each time: a field may depend on more at some times than at others
         wanted = self.tensors if of_unknowns else ()
         grads = torch.autograd.grad(ends, (*inputs, *wanted), given, allow_unused=True)
         self._add(grads[len(inputs) :])
@@ -70,10 +69,17 @@ class Unknowns:
             torch._foreach_add_(sums, new)
 
     def gradients(self) -> list[Tensor]:
-        """The sums, in the tensors' own types; zeros where nothing has come."""
-        return [
-            torch.zeros_like(x) if s is None else s.to(x.dtype) for x, s in zip(self.tensors, self.sums, strict=True)
-        ]
+        """The sums, in the tensors' own types, handed over; zeros where nothing has come.
+
+        Raises:
+            ValueError: nothing has come to any of them.
+        """
+        sums, self.sums = self.sums, [None] * len(self.tensors)
+        if sums and all(s is None for s in sums):
+            raise ValueError(
+                "gradient: the field depends on none of the tensors that were named; are they the right ones?"
+            )
+        return [torch.zeros_like(x) if s is None else s.to(x.dtype) for x, s in zip(self.tensors, sums, strict=True)]
 
 
 def check_leaves(outputs: Sequence[Tensor], named: Sequence[Tensor]) -> None:
@@ -112,12 +118,12 @@ def parameters_of(given: nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | N
     return {str(i): x for i, x in enumerate(given)}
 
 
-def own_parameters(field: Callable[..., Any]) -> list[Tensor]:
-    """Parameters of the module that a field is, or is a method or a part of."""
+def own_module(field: Callable[..., Any]) -> nn.Module | None:
+    """The module that a field is, or is a method of."""
     while isinstance(field, partial):
         field = field.func
     owner = getattr(field, "__self__", field)
-    return list(owner.parameters()) if isinstance(owner, nn.Module) else []
+    return owner if isinstance(owner, nn.Module) else None
 
 
 @contextmanager
