@@ -494,6 +494,5 @@ def _written(out: Path, found: Found, run: Path, more: dict[str, Tensor]) -> int
     save_picture(found.after.float().cpu(), out / "after.png", "after")
     series = {"mean measure": (list(range(len(found.losses))), list(found.losses))}
     curves(series, xlabel="iteration", ylabel="measure").savefig(out / "measure.png", dpi=120)
-    least = min(found.losses)
-    print(f"measure {found.losses[0]:.4g} to {found.losses[-1]:.4g} (least {least:.4g}) in {out}")
+    print(f"measure {found.losses[0]:.4g} before, {found.measure:.4g} after, in {out}")
     return 0

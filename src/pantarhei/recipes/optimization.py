@@ -59,6 +59,7 @@ class Found:
         before, after: samples at the start and with `value`, from the same noise where that is not what was searched.
         losses: the mean metric before each update, and at the end.
         best: iteration whose value this is, the one with the least metric (of noise: row by row, -1 then).
+        measure: mean metric of what `after` was made with.
     """
 
     value: Any
@@ -66,6 +67,7 @@ class Found:
     after: Tensor
     losses: tuple[float, ...]
     best: int
+    measure: float
 
 
 def optimize_noise(
@@ -156,7 +158,7 @@ def _search_noise(
         _sampled(flow, best[part], None if named is None else named.index(part), search)
         for part in rows.split(search.batch)
     ]
-    return Found(best, torch.cat(before), torch.cat(after), tuple(losses), -1)
+    return Found(best, torch.cat(before), torch.cat(after), tuple(losses), -1, float(least.mean()))
 
 
 def optimize_condition(
@@ -224,7 +226,7 @@ def optimize_condition(
 
     best, losses, at = _searched(search, gradient, step, lambda: value.detach().clone(), optimizer, watch)
     after = _all(flow, x0, search, condition(best, len(x0)))
-    return Found(best, before, after, losses, at)
+    return Found(best, before, after, losses, at, losses[at])
 
 
 def optimize_weights(
@@ -281,7 +283,7 @@ def optimize_weights(
     before = _all(flow, x0, search, named)
     _, losses, _ = _searched(search, gradient, optimizer.step, lambda: None, optimizer, watch)
     after = _all(tuned, x0, search, named)
-    return Found(tuned, before, after, losses, search.iterations)
+    return Found(tuned, before, after, losses, search.iterations, losses[-1])
 
 
 @dataclass(frozen=True)
@@ -336,6 +338,7 @@ def audit(
         ValueError: none of the samples is classified correctly to begin with.
     """
     saved = saved or (rounded if x0.ndim == 4 else (lambda x: x))
+    x0, labels = x0.to(flow.device), labels.to(flow.device)
     condition = labels if condition is None and flow.conditions == ("label",) else condition
     named = _rows(flow, condition, len(x0))
 
@@ -345,7 +348,7 @@ def audit(
             return classifier(images).argmax(dim=1) == labels, images
 
     def confidence(x: Tensor, rows: Tensor) -> Tensor:
-        return -F.cross_entropy(classifier(x), labels[rows].to(x.device), reduction="none")
+        return -F.cross_entropy(classifier(x), labels[rows], reduction="none")
 
     correct, first = right(x0)
     if not bool(correct.any()):
