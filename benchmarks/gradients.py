@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness import Bound, Record, compare, peer, seconds, use_threads
+from harness import Bound, Measure, Record, compare, peer, seconds, use_threads
 from pantarhei import solve
 
 STEPS, DIMENSION = 128, 64
@@ -96,51 +96,27 @@ class _Task:
 
     def time(self, name: str, through: str, bound: float, rounds: int) -> Record:
         """Seconds a gradient."""
-        return compare(
-            "gradients",
-            f"{through}, {name}",
-            seconds(lambda: self.ours(through)),
-            seconds(self.theirs),
-            peer=peer("torchdiffeq"),
-            work=f"gradient of state and weights through {STEPS} Euler steps, perceptron {name}, {DIMENSION} dimensions",
-            counted="seconds",
-            unit="s",
-            rounds=rounds,
-            bound=Bound("at most", bound),
-            details=self.errors(through),
-        )
+        work = f"gradient of state and weights through {STEPS} Euler steps, perceptron {name}, {DIMENSION} dimensions"
+        sides = seconds(lambda: self.ours(through)), seconds(self.theirs)
+        how: dict[str, Any] = {"counted": "seconds", "unit": "s", "rounds": rounds, "details": self.errors(through)}
+        return _record(f"{through}, {name}", sides, "torchdiffeq", work, bound, **how)
 
     def memory(self, name: str, through: str) -> Record:
         """Peak beyond parameters and gradients."""
-        return compare(
-            "gradients",
-            f"memory, {through}, {name}",
-            self._peak(lambda: self.ours(through)),
-            self._peak(self.theirs),
-            peer=peer("torchdiffeq"),
-            work=f"the same; peak of allocations beyond parameters and gradients, {STEPS} steps",
-            counted="bytes",
-            unit="B",
-            rounds=1,
-            warmup=1,
-            bound=Bound("at most", 0.5),
-        )
+        work = f"the same; peak of allocations beyond parameters and gradients, {STEPS} steps"
+        sides = self._peak(lambda: self.ours(through)), self._peak(self.theirs)
+        return _record(f"memory, {through}, {name}", sides, "torchdiffeq", work, 0.5)
 
     def roots(self) -> Record:
         """Peak with square-root segments: 16 times the steps, over as many as here."""
-        return compare(
-            "gradients",
-            "memory, every='sqrt', 16 times the steps",
-            self._peak(lambda: self.ours("checkpoint", 16 * STEPS, every="sqrt")),
-            self._peak(lambda: self.ours("checkpoint", STEPS, every="sqrt")),
-            peer=peer("torch"),
-            work=f"checkpoint with square-root segments, {16 * STEPS} steps against {STEPS}; 4 times the states are stored",
-            counted="bytes",
-            unit="B",
-            rounds=1,
-            warmup=1,
-            bound=Bound("at most", 4.0),
+        work = (
+            f"checkpoint with square-root segments, {16 * STEPS} steps against {STEPS}; 4 times the states are stored"
         )
+        few, many = (
+            self._peak(lambda steps=steps: self.ours("checkpoint", steps, every="sqrt"))  # type: ignore[misc]
+            for steps in (STEPS, 16 * STEPS)
+        )
+        return _record("memory, every='sqrt', 16 times the steps", (many, few), "torch", work, 4.0)
 
     def _peak(self, work: Callable[[], list[Tensor]]) -> Callable[[], float]:
         gradients = sum(p.nbytes for p in self.parameters)
@@ -151,3 +127,9 @@ class _Task:
             return float(memory.peak - gradients)
 
         return measured
+
+
+def _record(case: str, sides: tuple[Measure, Measure], other: str, work: str, bound: float, **how: Any) -> Record:
+    """A comparison; of bytes, which one round tells, unless it says otherwise."""
+    how = {"counted": "bytes", "unit": "B", "rounds": 1, "warmup": 1 if not how else 2, **how}
+    return compare("gradients", case, *sides, peer=peer(other), work=work, bound=Bound("at most", bound), **how)

@@ -126,7 +126,7 @@ def test_mistakes_are_one_line(classes, plain, folder, tmp_path, capsys):
     refused(capsys, "--text: what", *noise, "--metric", f"clip:{tmp_path}")
     refused(capsys, "holds no CLIP model", *noise, "--metric", f"clip:{tmp_path}", "--text", "a cat")
     refused(capsys, "metric: one number a sample", *noise, "--metric", f"{file}:corner")
-    refused(capsys, "--label: this flow has 10 classes", *noise, "--metric", f"{file}:dark", "--label", 11)
+    refused(capsys, "--label: must lie in 0 to 9, got 11", *noise, "--metric", f"{file}:dark", "--label", 11)
     refused(capsys, "bound: must be positive", *noise, "--metric", f"{file}:dark", "--bound", 0)
     refused(capsys, "this flow has no classes", "optimize", "condition", plain, *out, "--metric", f"{file}:dark")
     posterior = ["optimize", "posterior", plain, *out]

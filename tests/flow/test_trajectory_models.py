@@ -300,7 +300,7 @@ def test_a_rectified_model_jumps_but_has_no_score():
 @given(gamma=st.floats(0, 1), steps=st.integers(1, 6), path=st.sampled_from(["linear", "edm", "vp", "cosine", "ve"]))
 def test_where_the_jumps_of_gamma_sampling_land(gamma, steps, path):
     model = small(path, "velocity")
-    times = model._grid(steps, model.interval, "edm", 1.0)
+    times = model.nodes(steps, model.interval, "edm")
     moves = gamma_moves(model.path, times, gamma)
     assert [move.back for move in moves] == pytest.approx(times[1:], abs=1e-12)
     assert all(move.back <= move.to <= times[-1] for move in moves)

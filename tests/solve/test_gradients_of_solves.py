@@ -10,7 +10,7 @@ from torch import nn
 from pantarhei import solve
 from pantarhei.solve import THROUGH, PeakMemory, differentiable, gradient
 from pantarhei.solve.adams import adams_weights
-from pantarhei.solve.adjoints import square_root
+from pantarhei.solve.checkpoint import square_root
 
 RUNGE_KUTTA = ["euler", "midpoint", "heun", "rk4", "rk38", "bosh3", "dopri5", "tsit5"]
 

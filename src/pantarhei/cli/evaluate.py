@@ -9,9 +9,8 @@ import tyro
 from pantarhei.cli.opening import Device, data_of, open_flow
 from pantarhei.cli.sample import Method, Stochastic
 from pantarhei.files import write_json
-from pantarhei.flow import TrajectoryModel
-from pantarhei.flow.flow import Final
-from pantarhei.recipes.evaluation import bits_per_dimension, evaluate_flow, make_reference
+from pantarhei.flow.endings import Final
+from pantarhei.recipes.evaluation import bits_per_dimension, check_gamma, evaluate_flow, make_reference
 
 
 def evaluate(
@@ -58,8 +57,7 @@ def evaluate(
     if likelihood < 0:
         raise ValueError(f"--likelihood: must not be negative, got {likelihood}")
     flow = open_flow(run, device=device)
-    if gamma is not None and not (isinstance(flow, TrajectoryModel) and flow.jumps_with(method)):
-        raise ValueError("--gamma: is for the jumps of trajectory models")
+    check_gamma(flow, gamma, method)  # before a classifier is trained
     stochastic = noise.wanted or flow.stochastic
     train_set, held_out = data_of(run)
     reference = make_reference(train_set, held_out, inception=inception, cache=run / "classifier.safetensors")

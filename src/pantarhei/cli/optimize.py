@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import tyro
 from torch import Tensor
 
 from pantarhei.cli.opening import Device, data_of, open_flow, own_guidance, read_input, save_picture
+from pantarhei.cli.sample import conditions_of, in_turn, prompts_of
 from pantarhei.data.seeds import generator as seeded
 from pantarhei.files import write_json, write_tensors
 from pantarhei.flow import Blurred, Flow, Masked, Measurement, Sensors, posterior_sample
@@ -33,6 +35,8 @@ from pantarhei.report.figures import curves
 from pantarhei.report.progress import Progress
 from pantarhei.solve.gradient import Through
 from pantarhei.straighten import LowRank
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,57 @@ class Measuring:
         return function_of(self.metric)
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """Which samples.
+
+    Attributes:
+        count: how many.
+        prompt: of a pipeline that reads prompts, the text.
+        seed: noise i depends on (seed, i) only.
+        checkpoint: newest, best or an iteration.
+        device: where to run.
+    """
+
+    count: int = 16
+    prompt: str = ""
+    seed: int = 0
+    checkpoint: str = "newest"
+    device: Device = "auto"
+
+    def open(self, run: Path, label: int | None = None) -> tuple[Flow, Tensor, dict[str, Tensor] | None]:
+        """The flow, noise, and the conditions of the samples: a label or a prompt, or labels in turn.
+
+        Raises:
+            ValueError: a count, label or prompt that does not fit.
+        """
+        flow = self.open_flow(run)
+        texts = prompts_of(flow, (self.prompt,) if self.prompt else (), None)
+        given = in_turn(flow, texts) if texts is not None else conditions_of(run, flow, label)
+        condition = numbered_conditions(flow, self.seed, given)(range(self.count)) or None
+        return flow, self.noise(flow, self.count, condition), condition
+
+    def open_flow(self, run: Path) -> Flow:
+        """The flow alone.
+
+        Raises:
+            ValueError: a count below 1.
+        """
+        if self.count < 1:
+            raise ValueError(f"--count: must be at least 1, got {self.count}")
+        return open_flow(run, self.checkpoint, self.device)
+
+    def noise(self, flow: Flow, count: int, condition: dict[str, Tensor] | None = None) -> Tensor:
+        """What samples start from."""
+        return numbered_source(flow, self.seed, range(count), condition).to(flow.device)
+
+
+def with_bar(what: str, search: Search, run: Callable[..., Result], *given: Any, **options: Any) -> Result:
+    """Run a search behind a progress bar."""
+    with Progress(search.iterations, what) as bar:
+        return run(*given, search=search, watch=lambda i, value: bar.update(i, f"measure {value:.4g}"), **options)
+
+
 def classifier_of(run: Path) -> ClassifierFeatures:
     """A small classifier trained on a run's data, kept in the run.
 
@@ -129,14 +184,10 @@ def optimize_noise_of(
     out: Path,
     measuring: Measuring = Measuring(),
     searching: Searching = Searching(),
-    count: int = 16,
+    drawing: Drawing = Drawing(),
     label: int | None = None,
-    prompt: str = "",
     keep: Literal["norm", "free"] = "norm",
     bound: float | None = None,
-    seed: int = 0,
-    checkpoint: str = "newest",
-    device: Device = "auto",
 ) -> int:
     """Search, for each sample, the noise that gives it the least measure.
 
@@ -147,28 +198,15 @@ def optimize_noise_of(
         out: folder to write into.
         measuring: what is made small.
         searching: how.
-        count: samples.
+        drawing: which samples.
         label: of all samples; labels in turn by default.
-        prompt: of all samples of a pipeline that reads prompts.
         keep: norm keeps each noise on the sphere it began on, where Gaussian noise is; free lets it go.
         bound: largest change of any element of the noise.
-        seed: noise i depends on (seed, i) only.
-        checkpoint: newest, best or an iteration.
-        device: where to run.
     """
-    flow, x0, condition = _opened(run, checkpoint, device, count, label, seed, prompt)
-    metric = measuring.open(flow, count)
-    with Progress(searching.iterations, "optimizing noise") as bar:
-        found = optimize_noise(
-            flow,
-            metric,
-            x0,
-            condition=condition,
-            search=searching.search(flow),
-            keep=keep,
-            bound=bound,
-            watch=lambda i, value: bar.update(i, f"measure {value:.4g}"),
-        )
+    flow, x0, condition = drawing.open(run, label)
+    given = (flow, measuring.open(flow, drawing.count), x0)
+    how: dict[str, Any] = {"condition": condition, "keep": keep, "bound": bound}
+    found = with_bar("optimizing noise", searching.search(flow), optimize_noise, *given, **how)
     return _written(out, found, run, {"x0": found.value})
 
 
@@ -177,12 +215,8 @@ def optimize_condition_of(
     out: Path,
     measuring: Measuring = Measuring(),
     searching: Searching = Searching(),
-    count: int = 16,
+    drawing: Drawing = Drawing(),
     start: int | None = None,
-    prompt: str = "",
-    seed: int = 0,
-    checkpoint: str = "newest",
-    device: Device = "auto",
 ) -> int:
     """Search the embedding whose samples have the least measure: what no class and no word stands for.
 
@@ -195,27 +229,14 @@ def optimize_condition_of(
         out: folder to write into.
         measuring: what is made small.
         searching: how.
-        count: samples whose mean measure it is; with --example as many as there are examples.
+        drawing: which samples, whose mean measure it is; with --example as many as there are examples.
         start: class to start from; the mean of all by default.
-        prompt: of a pipeline, the text to start from.
-        seed: of their noise.
-        checkpoint: newest, best or an iteration.
-        device: where to run.
     """
-    flow = open_flow(run, checkpoint, device)
-    row, how = _embedding(flow, start, prompt)
-    x0 = numbered_source(flow, seed, range(count), None).to(flow.device)
-    metric = measuring.open(flow, count)
-    with Progress(searching.iterations, "optimizing condition") as bar:
-        found = optimize_condition(
-            flow,
-            metric,
-            x0,
-            row,
-            **how,
-            search=searching.search(flow),
-            watch=lambda i, value: bar.update(i, f"measure {value:.4g}"),
-        )
+    flow = drawing.open_flow(run)
+    row, how = _embedding(flow, start, drawing.prompt)
+    x0 = drawing.noise(flow, drawing.count)
+    given = (flow, measuring.open(flow, drawing.count), x0, row)
+    found = with_bar("optimizing condition", searching.search(flow), optimize_condition, *given, **how)
     return _written(out, found, run, {how["name"]: found.value, "x0": x0})
 
 
@@ -244,14 +265,10 @@ def optimize_weights_of(
     out: Path,
     measuring: Measuring = Measuring(),
     searching: Searching = Searching(lr=1e-3, iterations=60),
-    count: int = 32,
+    drawing: Drawing = Drawing(count=32),
     label: int | None = None,
-    prompt: str = "",
     rank: int = 0,
     only: tuple[str, ...] = (),
-    seed: int = 0,
-    checkpoint: str = "newest",
-    device: Device = "auto",
 ) -> int:
     """Tune a copy of the weights until samples have a small measure, on fresh noise at every iteration.
 
@@ -263,29 +280,16 @@ def optimize_weights_of(
         out: folder to write into.
         measuring: what is made small.
         searching: how.
-        count: samples of each iteration.
+        drawing: which samples are shown; an iteration has as many.
         label: of all samples; labels in turn by default.
-        prompt: of all samples of a pipeline that reads prompts.
         rank: train low-rank additions of this rank; 0 trains the weights.
         only: parts of the names of the weights to train.
-        seed: of the noise.
-        checkpoint: newest, best or an iteration.
-        device: where to run.
     """
-    flow, x0, condition = _opened(run, checkpoint, device, count, label, seed, prompt)
-    metric = measuring.open(flow, count)
-    with Progress(searching.iterations, "optimizing weights") as bar:
-        found = optimize_weights(
-            flow,
-            metric,
-            x0,
-            condition=condition,
-            low_rank=LowRank(rank) if rank else None,
-            only=only,
-            search=searching.search(flow),
-            seed=seed,
-            watch=lambda i, value: bar.update(i, f"measure {value:.4g}"),
-        )
+    flow, x0, condition = drawing.open(run, label)
+    given = (flow, measuring.open(flow, drawing.count), x0)
+    how: dict[str, Any] = {"condition": condition, "only": only, "seed": drawing.seed}
+    how["low_rank"] = LowRank(rank) if rank else None
+    found = with_bar("optimizing weights", searching.search(flow), optimize_weights, *given, **how)
     found.value.save_pretrained(out / "flow")
     return _written(out, found, run, {"x0": x0})
 
@@ -295,11 +299,8 @@ def optimize_audit(
     out: Path,
     classifier: Annotated[Path, tyro.conf.arg(metavar="RUN2")],
     searching: Searching = Searching(lr=0.5, iterations=30),
-    count: int = 64,
+    drawing: Drawing = Drawing(count=64),
     bound: float = 0.1,
-    seed: int = 0,
-    checkpoint: str = "newest",
-    device: Device = "auto",
 ) -> int:
     """How often does a classifier fail on samples from noise within a box around the drawn one?
 
@@ -311,43 +312,23 @@ def optimize_audit(
         out: folder to write into.
         classifier: a run on whose data the classifier is trained.
         searching: how; steps go along the gradient divided by its norm.
-        count: samples.
+        drawing: which samples.
         bound: largest change of any element of the noise.
-        seed: of noise and labels.
-        checkpoint: newest, best or an iteration.
-        device: where to run.
     """
-    flow, x0, condition = _opened(run, checkpoint, device, count, None, seed)
+    flow, x0, condition = drawing.open(run)
     if condition is None or "label" not in condition:
         raise ValueError("this flow has no classes; audit a classifier of your own from Python (recipes.optimization)")
     judge = classifier_of(classifier).to(flow.device)
-    with Progress(searching.iterations, "searching") as bar:
-        found = audit(
-            flow,
-            judge.classify,
-            x0,
-            condition["label"].to(flow.device),
-            condition=condition,
-            bound=bound,
-            search=searching.search(flow),
-            seed=seed,
-            watch=lambda i, value: bar.update(i, f"log-chance {value:.4g}"),
-        )
-    correct = int(found.correct.sum())
-    figures = {
-        "classifier": judge.name,
-        "correct": correct,
-        "fooled": int(found.fooled.sum()),
-        "rate": found.rate,
-        "control": found.control,
-        "bound": bound,
-        "distance": float(found.distance.mean()),
-    }
+    given = (flow, judge.classify, x0, condition["label"])
+    how: dict[str, Any] = {"condition": condition, "bound": bound, "seed": drawing.seed}
+    found = with_bar("searching", searching.search(flow), audit, *given, **how)
+    correct, fooled, moved = int(found.correct.sum()), int(found.fooled.sum()), float(found.distance.mean())
     _written(out, found.found, run, {"x0": found.found.value, "fooled": found.fooled})
-    write_json(out / "audit.json", figures)
+    figures = {"classifier": judge.name, "correct": correct, "fooled": fooled, "rate": found.rate}
+    write_json(out / "audit.json", {**figures, "control": found.control, "bound": bound, "distance": moved})
     print(
-        f"{judge.name}: of {correct} samples that it had right {figures['fooled']} fool it ({100 * found.rate:.1f} %), "
-        f"by chance {100 * found.control:.1f} %; images moved by {figures['distance']:.3g} (root mean square)"
+        f"{judge.name}: of {correct} samples that it had right {fooled} fool it ({100 * found.rate:.1f} %), by chance "
+        f"{100 * found.control:.1f} %; images moved by {moved:.3g} (root mean square)"
     )
     return 0
 
@@ -361,11 +342,8 @@ def optimize_posterior(
     spread: float = 0.5,
     way: Literal["guidance", "noise"] = "guidance",
     searching: Searching = Searching(iterations=60, steps=40),
+    drawing: Drawing = Drawing(count=8),
     scale: float = 1.0,
-    count: int = 8,
-    seed: int = 0,
-    checkpoint: str = "newest",
-    device: Device = "auto",
 ) -> int:
     """Data from a noisy measurement: in-painting, deblurring, sparse sensors, or any function of yours.
 
@@ -382,52 +360,37 @@ def optimize_posterior(
         spread: of guidance, the standard deviation of the data.
         way: guidance (diffusion posterior sampling) or noise (D-Flow).
         searching: how noise is searched, and the sampler.
+        drawing: how many items, and everything that is drawn.
         scale: of guidance.
-        count: items.
-        seed: of everything that is drawn.
-        checkpoint: newest, best or an iteration.
-        device: where to run.
     """
-    flow = open_flow(run, checkpoint, device)
+    flow = drawing.open_flow(run)
     if flow.conditions:
         raise ValueError("posterior: give a flow without conditions, or do this from Python (flow.posterior_sample)")
     if input is not None:
-        truth = read_input(input, flow, count, ("x", "x1"))[0]
+        truth = read_input(input, flow, drawing.count, ("x", "x1"))[0]
     else:
         held_out = data_of(run)[1]
-        truth = held_out.fetch(torch.arange(min(count, len(held_out))))["x1"].to(flow.device, flow.dtype)
-    generator = seeded(seed, 73, device=flow.device)
-    measure = _operator(operator, tuple(truth.shape[1:]), seeded(seed, 74))
-    clean = measure(truth)
+        truth = held_out.fetch(torch.arange(min(drawing.count, len(held_out))))["x1"].to(flow.device, flow.dtype)
+    measure = _operator(operator, tuple(truth.shape[1:]), seeded(drawing.seed, 74))
+    clean, generator = measure(truth), seeded(drawing.seed, 73, device=flow.device)
     value = clean + noise * torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=clean.device)
     measurement = Measurement(measure, value, noise, spread)
-    x0 = numbered_source(flow, seed, range(len(truth)), None).to(flow.device)
+    x0 = drawing.noise(flow, len(truth))
+    sampler: dict[str, Any] = {"steps": searching.steps, "method": searching.method, "decode": False}
     if way == "guidance":
-        x = posterior_sample(
-            flow, measurement, x0=x0, scale=scale, steps=searching.steps, method=searching.method, decode=False
-        )
+        x = posterior_sample(flow, measurement, x0=x0, scale=scale, **sampler)
     else:
-        with Progress(searching.iterations, "searching noise") as bar:
-            x = optimize_noise(
-                flow,
-                measurement.mismatch,
-                x0,
-                search=Search(
-                    searching.iterations,
-                    searching.lr,
-                    sampling={**searching.search(flow).sampling, "decode": False},
-                    batch=len(truth),
-                ),
-                watch=lambda i, v: bar.update(i, f"mismatch {v:.4g}"),
-            ).after
+        search = replace(searching, batch=len(truth)).search(flow)  # the measurements of all rows are one tensor
+        search.sampling["decode"] = False
+        x = with_bar("searching noise", search, optimize_noise, flow, measurement.mismatch, x0).after
     misses = float(measurement.residual(x).square().mean().sqrt())
     error = float((x - truth).square().mean().sqrt())
     tensors = {"truth": truth, "measured": value, "x": x, "x0": x0}
     write_tensors(out / "posterior.safetensors", {k: v.float().cpu() for k, v in tensors.items()}, {"run": str(run)})
-    save_picture(truth.float().cpu(), out / "truth.png", "truth")
+    save_picture(flow.decode(truth).float().cpu(), out / "truth.png", "truth")
     save_picture(flow.decode(x).float().cpu(), out / "x.png", "samples")
     if value.shape == truth.shape:
-        save_picture(value.float().cpu(), out / "measured.png", "measured")
+        save_picture(flow.decode(value).float().cpu(), out / "measured.png", "measured")
     print(
         f"{len(x)} samples: they miss the measurement by {misses:.4g} (its noise is {noise:g}), the truth by {error:.4g} "
         f"(the data's deviation is {float(truth.std()):.3g}) in {out}"
@@ -459,31 +422,6 @@ def _operator(text: str, shape: tuple[int, ...], generator: torch.Generator) -> 
         at = torch.randperm(height * width, generator=generator)[: int(number)]
         return Sensors(torch.stack([at // width, at % width], dim=1))
     raise ValueError(f"--operator: {rest} is out of range for {kind} on items of shape {shape}")
-
-
-def _opened(
-    run: Path, checkpoint: str, device: Device, count: int, label: int | None, seed: int, prompt: str = ""
-) -> tuple[Flow, Tensor, dict[str, Tensor] | None]:
-    """The flow, numbered noise, and the conditions of the samples."""
-    if count < 1:
-        raise ValueError(f"--count: must be at least 1, got {count}")
-    flow = open_flow(run, checkpoint, device)
-    reads = "tokens" in flow.conditions
-    if prompt and not reads:
-        raise ValueError("--prompt: this flow reads no prompts")
-    if reads:
-        network: Any = flow.network
-        tokens = network.tokenize([prompt])
-        texts = {"tokens": tokens.expand(count, *tokens.shape[1:])}
-        return flow, numbered_source(flow, seed, range(count), texts).to(flow.device), texts
-    others = data_of(run)[1] if flow.conditions and flow.conditions != ("label",) else None
-    condition = numbered_conditions(flow, seed, others)(range(count)) or None
-    if label is not None:
-        classes = flow.null.get("label")
-        if condition is None or "label" not in condition or not isinstance(classes, int) or not 0 <= label < classes:
-            raise ValueError(f"--label: this flow has {classes or 'no'} classes, got {label}")
-        condition["label"] = torch.full((count,), label)
-    return flow, numbered_source(flow, seed, range(count), condition).to(flow.device), condition
 
 
 def _written(out: Path, found: Found, run: Path, more: dict[str, Tensor]) -> int:

@@ -29,7 +29,7 @@ from pantarhei.cli.opening import (
 from pantarhei.data import Source
 from pantarhei.files import write_tensors
 from pantarhei.flow import Flow, Stretched, TrajectoryModel, noise_amount
-from pantarhei.flow.flow import Final
+from pantarhei.flow.endings import Final
 from pantarhei.flow.noise_amounts import NoiseForm
 from pantarhei.flow.numbered import Conditions, join, numbered_conditions, numbered_samples, path_noise
 from pantarhei.flow.stochastic import LastStep
@@ -165,7 +165,7 @@ def sample(
     """
     _check(1 if count is None else count, batch, steps)
     flow = open_flow(run, checkpoint, device)
-    texts = _prompts(flow, prompt, prompts)
+    texts = prompts_of(flow, prompt, prompts)
     if count is None:
         count = len(texts) if texts is not None else 64
     if flow.provenance.notes.get("direction"):
@@ -192,7 +192,7 @@ def sample(
         if not flow.interval[0] > 0:
             raise ValueError("--published-grid: is for networks trained from a first time on, such as 0.001")
         options["transforms"] = [Stretched(1 / (1 - flow.interval[0]))]
-    conditions = _in_turn(flow, texts) if texts is not None else _conditions(run, flow, label)
+    conditions = in_turn(flow, texts) if texts is not None else conditions_of(run, flow, label)
     began = time.monotonic()
     with counted_calls(flow) as calls:
         if input is None:
@@ -301,7 +301,7 @@ def _check(count: int, batch: int, steps: int | None) -> None:
         raise ValueError(f"--steps: must be at least 1, got {steps}")
 
 
-def _prompts(flow: Flow, given: tuple[str, ...], where: Path | None) -> Prompts | None:
+def prompts_of(flow: Flow, given: tuple[str, ...], where: Path | None) -> Prompts | None:
     """The texts to draw; None for a flow that reads none.
 
     Raises:
@@ -321,13 +321,14 @@ def _prompts(flow: Flow, given: tuple[str, ...], where: Path | None) -> Prompts 
     return Prompts(given, tokenizer_of(flow), "--prompt") if given else None
 
 
-def _in_turn(flow: Flow, texts: Prompts) -> Conditions:
+def in_turn(flow: Flow, texts: Prompts) -> Conditions:
     """Sample i is of prompt i, modulo their number."""
     tokenize = tokenizer_of(flow)
     return lambda numbers: {"tokens": tokenize([texts.prompts[i % len(texts)] for i in numbers])}
 
 
-def _conditions(run: Path, flow: Flow, label: int | None) -> Conditions | Source | None:
+def conditions_of(run: Path, flow: Flow, label: int | None) -> Conditions | Source | None:
+    """What samples are conditioned on: one label, or what the run's held-out data bring; None for labels in turn."""
     others = data_of(run)[1] if flow.conditions and flow.conditions != ("label",) else None
     return others if label is None else _fixed_label(flow, label, others)
 

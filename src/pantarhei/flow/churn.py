@@ -71,7 +71,7 @@ def churned_sample(
     flow.require_score()
     churn, path = churn or Churn(), flow.path
     grid = options.pop("grid", "edm")
-    nodes = flow._grid(steps, flow.interval, grid, 1.0) if isinstance(steps, int) else tuple(steps)
+    nodes = tuple(flow.nodes(steps, flow.interval, grid))
     if abs(nodes[0] - flow.interval[0]) > 1e-6:
         raise ValueError(f"steps: the grid must begin at the first time, {flow.interval[0]:g}, got {nodes[0]:g}")
     levels = _levels(flow, nodes)

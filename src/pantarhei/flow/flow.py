@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pantarhei.flow import density, paths, pretrained
 from pantarhei.flow.conditions import Condition, Null, as_condition
-from pantarhei.flow.estimates import Estimates
+from pantarhei.flow.endings import Final, carried
 from pantarhei.flow.fields import Fields, build_fields
 from pantarhei.flow.gammas import NoLatent
 from pantarhei.flow.grids import Grid, GridName, make_grid
@@ -33,10 +33,8 @@ from pantarhei.solve.ode import Hook
 from pantarhei.solve.state import per_row
 from pantarhei.solve.steps import Step
 
-Final = Literal["auto", "denoise", "state", "clean"]
 ConditionLike = Condition | Mapping[str, Tensor] | Tensor | None
 # Below this noise level a state counts as clean: no denoising step is added at the end.
-NOISE_LEFT = 5e-4
 
 
 class Codec(Protocol):
@@ -68,7 +66,7 @@ class Flow(nn.Module):
         provenance: where it comes from.
 
     Times run from 0 (source) to 1 (data) and are handed to the network as they are. `first_sigma` is what a unit draw is
-    multiplied with to be the state at the first time.
+    multiplied with to be the state at the first time, `last_sigma` the noise that is left at the last one.
     """
 
     def __init__(
@@ -104,7 +102,7 @@ class Flow(nn.Module):
         elif not isinstance(self.path, AffinePath) and self.prediction.spec()["name"] != "velocity":
             raise ValueError("predicts: on a path of your own only 'velocity' is defined")
         # Found once, as floats: a compiled sampler must not wait for tensors.
-        self._interval, self.first_sigma, self._last_sigma = (0.0, 1.0), 1.0, 0.0
+        self._interval, self.first_sigma, self.last_sigma = (0.0, 1.0), 1.0, 0.0
         if isinstance(self.path, AffinePath):
             self._interval = self.prediction.interval(self.path)
             self.first_sigma = float(self.path.sigma(torch.tensor(self._interval[0], dtype=torch.float64)))
@@ -120,7 +118,7 @@ class Flow(nn.Module):
         if self._starts_scaled:
             self.first_sigma = float(self.path.sigma(torch.tensor(self._interval[0], dtype=torch.float64)))
         if hasattr(self.path, "level"):
-            self._last_sigma = float(self.path.level(torch.tensor(self._interval[1], dtype=torch.float64)))
+            self.last_sigma = float(self.path.level(torch.tensor(self._interval[1], dtype=torch.float64)))
 
     # What the flow knows of itself
 
@@ -349,7 +347,7 @@ class Flow(nn.Module):
         named = as_condition(condition, self.null, x.shape[0])
         named = None if named is None else named.to(x.device)
         field, step = self.field(guidance, transforms), path_step(method, self.path, times[-1])
-        nodes: Any = self.nodes(steps, times, grid, shift)
+        nodes = self.nodes(steps, times, grid, shift)
         if nodes is None and not step.adaptive:
             raise ValueError(f"steps: {step.name} has no error control; give a number of steps")
         if nodes is not None and (transforms or before_step is not None):
@@ -375,14 +373,10 @@ class Flow(nn.Module):
         times: Sequence[float],
         grid: GridName | Callable[[float], float] = "uniform",
         shift: float = 1.0,
-    ) -> Grid | None:
-        """The grid of so many steps from the first to the last of some times; a grid, or none, as it is."""
-        return self._grid(steps, times, grid, shift) if isinstance(steps, int) else steps
-
-    def _grid(
-        self, steps: int, times: Sequence[float], grid: GridName | Callable[[float], float], shift: float
-    ) -> Grid:
-        """A grid from the first to the last of some times, either way."""
+    ) -> Any:
+        """The grid of so many steps from the first to the last of some times, either way; a grid, or None, as it is."""
+        if not isinstance(steps, int):
+            return steps
         path = self.path.ends if isinstance(self.path, Interpolant) else self.path
         path = path if isinstance(path, AffinePath) else None
         nodes = make_grid(steps, (min(times), max(times)), kind=grid, shift=shift, path=path)
@@ -424,58 +418,15 @@ class Flow(nn.Module):
         x = self.first_sigma * self.draw(count, condition, generator, x0=x0)
         if epsilon is None and self.stochastic:
             epsilon = "trained"
-        carry: Callable[..., Tensor] = lambda x, times, **how: self.transport(x, times, **how).x  # noqa: E731
-        if epsilon is not None:
-            if final in ("auto", "clean"):
-                final = "denoise" if self._last_sigma > NOISE_LEFT or final == "clean" else "state"
-            options["generator"] = generator
-            carry = lambda x, times, **how: transport_sde(self, x, times, epsilon, **how).x  # noqa: E731
+
+        def carry(x: Tensor, times: Sequence[float], **how: Any) -> Tensor:
+            if epsilon is None:
+                return self.transport(x, times, **how).x
+            return transport_sde(self, x, times, epsilon, generator=generator, **how).x
+
         with evaluation_mode(self.network):
-            x = self.carried(x, carry, condition=condition, final=final, **options)
+            x = carried(self, x, carry, condition=condition, final=final, stochastic=epsilon is not None, **options)
         return self.decode(x) if decode else x
-
-    def carried(
-        self,
-        x: Tensor,
-        carry: Callable[..., Tensor],
-        *,
-        condition: ConditionLike = None,
-        final: Final = "auto",
-        **options: Any,
-    ) -> Tensor:
-        """States of the first time carried to the data end, and ended as `sample` says, by whoever integrates.
-
-        Args:
-            x: states (B, *shape).
-            carry: from one time to another: `carry(x, (low, high), condition=..., **options)`.
-            condition, final, options: as in `sample`.
-        """
-        low, high = self.interval
-        if final == "auto":
-            few = self.provenance.rectified and options.get("steps", 50) is not None
-            final = "state" if self._last_sigma <= NOISE_LEFT else "clean" if few else "denoise"
-        if final == "clean":
-            high, options = self._without_last_step(options)
-        if high > low:
-            x = carry(x, (low, high), condition=condition, **options)
-        if final in ("denoise", "clean"):
-            t = x.new_full((), high, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-            named = as_condition(condition, self.null, x.shape[0])
-            named = None if named is None else named.to(x.device)
-            guided = Estimates(self, options.get("guidance", 1.0), options.get("transforms", ()))
-            x = guided.ends(x, t, named).data
-        return x
-
-    def _without_last_step(self, options: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-        """The last time but one of a sampler's grid, and its options up to there."""
-        low, high = self.interval
-        steps = options.get("steps", 50)
-        if steps is None:
-            raise ValueError("final: 'clean' replaces the last step of a grid; under error control take 'denoise'")
-        if isinstance(steps, int):
-            steps = self._grid(steps, (low, high), options.get("grid", "uniform"), options.get("shift", 1.0))
-        method = path_step(options.get("method", "auto"), self.path, high)
-        return float(steps[-2]), {**options, "steps": tuple(steps[:-1]), "method": method}
 
     @torch.no_grad()
     def invert(self, x: Tensor, *, condition: ConditionLike = None, encode: bool = True, **options: Any) -> Tensor:

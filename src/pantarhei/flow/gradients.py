@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pantarhei.flow.affine import AffinePath
 from pantarhei.flow.conditions import as_condition
+from pantarhei.flow.endings import Final, carried
 from pantarhei.flow.estimates import Estimates
-from pantarhei.flow.flow import ConditionLike, Final, Flow
+from pantarhei.flow.flow import ConditionLike, Flow
 from pantarhei.flow.grids import Grid, GridName
 from pantarhei.flow.modes import evaluation_mode
 from pantarhei.flow.reparameterisation import Reparameterisation, Variables
@@ -103,7 +104,8 @@ def differentiable_sample(
         return turned.decode(y, times[-1])
 
     with constant(flow.parameters(), named.values()), evaluation_mode(flow.network):
-        x = flow.carried(
+        x = carried(
+            flow,
             flow.first_sigma * x0,
             carry,
             condition=condition,

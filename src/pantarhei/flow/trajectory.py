@@ -288,7 +288,7 @@ class TrajectoryModel(Flow):
         x = self.first_sigma * self.draw(count, condition, generator, x0=x0)
         moves = self.plan(**options)
         with evaluation_mode(self.network):
-            how["finish"] = self._last_sigma > VISIBLE and moves[-1].to >= self.interval[1] - 1e-6
+            how["finish"] = self.last_sigma > VISIBLE and moves[-1].to >= self.interval[1] - 1e-6
             x = self.jumps(x, moves, condition=condition, generator=generator, **how)
         return self.decode(x) if decode else x
 
@@ -328,7 +328,7 @@ class TrajectoryModel(Flow):
         if start is not None:
             check_times(self.interval, torch.tensor(start, dtype=torch.float64), "start")
             low = start
-        nodes = self._grid(steps, (low, high), grid, shift) if isinstance(steps, int) else tuple(steps)
+        nodes = tuple(self.nodes(steps, (low, high), grid, shift))
         if any(abs(a - b) > 1e-6 for a, b in zip((nodes[0], nodes[-1]), (low, high), strict=True)):
             raise ValueError(f"steps: times must lead from {low:g} to {high:g}, got {nodes[0]:g} to {nodes[-1]:g}")
         if gamma != 1.0 and len(nodes) > 2 and not self.head.anywhere:

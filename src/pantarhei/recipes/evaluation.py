@@ -15,7 +15,7 @@ from pantarhei import metrics
 from pantarhei.data import Source
 from pantarhei.data.seeds import generator as seeded
 from pantarhei.flow import Flow, TrajectoryModel
-from pantarhei.flow.flow import Final
+from pantarhei.flow.endings import Final
 from pantarhei.flow.numbered import join, numbered_samples
 from pantarhei.flow.updates import path_step
 from pantarhei.metrics import ClassifierFeatures, Interval
@@ -174,6 +174,18 @@ def make_reference(
     return Reference(train, held, extractor, features, floor)
 
 
+def check_gamma(flow: Flow, gamma: float | None, method: str, epsilon: Any = None) -> bool:
+    """Whether sampling so is by jumps.
+
+    Raises:
+        ValueError: it is not, and a gamma is given.
+    """
+    jumps = isinstance(flow, TrajectoryModel) and flow.jumps_with(method, epsilon=epsilon)
+    if gamma is not None and not jumps:
+        raise ValueError("gamma: is for the jumps of trajectory models")
+    return jumps
+
+
 def evaluate_flow(
     flow: Flow,
     reference: Reference,
@@ -214,9 +226,7 @@ def evaluate_flow(
         raise ValueError(f"count: at least 10 samples are needed, got {count}")
     if not steps or min(steps) < 1:
         raise ValueError(f"steps: every number of steps must be at least 1, got {list(steps)}")
-    jumps = isinstance(flow, TrajectoryModel) and flow.jumps_with(method)
-    if gamma is not None and not jumps:
-        raise ValueError("gamma: is of the jumps of a trajectory model")
+    jumps = check_gamma(flow, gamma, method)
     method = "jump" if jumps else path_step(method, flow.path, 1.0).name
     if rtol is not None and (jumps or not as_step(method).adaptive):
         raise ValueError(f"rtol: {method} has no error control; take bosh3, dopri5 or tsit5")

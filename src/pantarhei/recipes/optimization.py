@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from pantarhei.data.seeds import mix
 from pantarhei.flow import Condition, Flow, differentiable_sample, keep_norm
 from pantarhei.flow.conditions import as_condition
+from pantarhei.images.pixels import from_uint8, to_uint8
 from pantarhei.networks.embeddings import ClassEmbedding
 from pantarhei.straighten.students import LowRank, train_low_rank
 
@@ -139,8 +140,7 @@ def _search_noise(
             if iteration == 0:
                 before.append(samples.detach())
             if not last:
-                grad = torch.autograd.grad(search.scale * values.sum(), value)[0]
-                value.grad = grad if value.grad is None else value.grad + grad
+                _leave(search.scale * values.sum(), [value])
         values = torch.cat(found).to(least.dtype)
         better = values < least
         best[better], least = value.detach()[better], torch.minimum(values, least)
@@ -212,8 +212,8 @@ def optimize_condition(
         beside = {key: v.expand(rows, *v.shape) for key, v in (others or {}).items()}
         return Condition({name: row.expand(rows, *row.shape), **beside}, dropped)
 
-    def gradient() -> float:
-        return _accumulated(flow, metric, x0, search, lambda rows: condition(value, rows), [value])
+    def gradient(last: bool) -> float:
+        return _accumulated(flow, metric, x0, search, lambda part: condition(value, len(part)), [value], last=last)
 
     before = _all(flow, x0, search, condition(value.detach(), len(x0)))
 
@@ -221,10 +221,11 @@ def optimize_condition(
         assert value.grad is not None
         value.grad.mul_(mask)
         optimizer.step()
+        optimizer.zero_grad()
         with torch.no_grad():
             value.copy_(torch.where(mask, value, start))  # weight decay, too, leaves the rest alone
 
-    best, losses, at = _searched(search, gradient, step, lambda: value.detach().clone(), optimizer, watch)
+    best, losses, at = _searched(search, gradient, step, lambda: value.detach().clone(), watch)
     after = _all(flow, x0, search, condition(best, len(x0)))
     return Found(best, before, after, losses, at, losses[at])
 
@@ -276,12 +277,17 @@ def optimize_weights(
     generator = torch.Generator(x0.device).manual_seed(mix(seed, 71))
     named = _rows(flow, condition, len(x0))
 
-    def gradient() -> float:
+    def gradient(last: bool) -> float:
         noise = flow.source.draw(tuple(x0.shape), x0, named, generator)
-        return _accumulated(tuned, metric, noise, search, lambda rows: named, list(trained.values()), trained)
+        rows: Callable[[Tensor], Condition | None] = lambda part: None if named is None else named.index(part)  # noqa: E731
+        return _accumulated(tuned, metric, noise, search, rows, list(trained.values()), trained, last=last)
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
 
     before = _all(flow, x0, search, named)
-    _, losses, _ = _searched(search, gradient, optimizer.step, lambda: None, optimizer, watch)
+    _, losses, _ = _searched(search, gradient, step, lambda: None, watch)
     after = _all(tuned, x0, search, named)
     return Found(tuned, before, after, losses, search.iterations, losses[-1])
 
@@ -386,7 +392,7 @@ def class_row(network: nn.Module, label: int | None = None) -> Tensor:
 
 def rounded(x: Tensor) -> Tensor:
     """Images in [-1, 1] as 8-bit files keep them."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    return from_uint8(to_uint8(x)).to(x.dtype)
 
 
 def _rows(flow: Flow, condition: Any, rows: int) -> Condition | None:
@@ -435,48 +441,60 @@ def _accumulated(
     metric: Metric,
     x0: Tensor,
     search: Search,
-    condition: Callable[[int], Condition | None],
+    condition: Callable[[Tensor], Condition | None],
     unknowns: Sequence[Tensor],
     parameters: Any = None,
+    *,
+    last: bool = False,
 ) -> float:
-    """The mean metric over all rows, some at a time; its gradient is left with what was optimised."""
+    """The mean metric over all rows, some at a time; its gradient is left with what was optimised, but at the last time."""
     total = 0.0
-    named = condition(len(x0))
     for part in torch.arange(len(x0), device=x0.device).split(search.batch):
-        rows = None if named is None else named.index(part)
-        samples = differentiable_sample(flow, x0[part], condition=rows, parameters=parameters, **search.sampling)
-        values = _finite(metric(samples), len(part))
-        share = values.sum() / len(x0)
-        grads = torch.autograd.grad(search.scale * share, unknowns, allow_unused=True)  # and none of the metric's own
-        for unknown, grad in zip(unknowns, grads, strict=True):
-            if grad is not None:
-                unknown.grad = grad if unknown.grad is None else unknown.grad + grad
+        samples = differentiable_sample(
+            flow, x0[part], condition=condition(part), parameters=parameters, **search.sampling
+        )
+        share = _finite(metric(samples), len(part)).sum() / len(x0)
         total += float(share.detach())
-        named = condition(len(x0))  # a fresh graph to what is optimised
+        if not last:
+            _leave(search.scale * share, unknowns)
     return total
+
+
+def _leave(loss: Tensor, unknowns: Sequence[Tensor]) -> None:
+    """Add a loss's gradient to that of the unknowns, and to nobody else's: a metric has weights, too."""
+    grads = torch.autograd.grad(loss, unknowns, allow_unused=True)
+    for unknown, grad in zip(unknowns, grads, strict=True):
+        if grad is not None:
+            unknown.grad = grad if unknown.grad is None else unknown.grad + grad
 
 
 def _searched(
     search: Search,
-    gradient: Callable[[], float],
+    gradient: Callable[[bool], float],
     step: Callable[[], Any],
     value: Callable[[], Any],
-    optimizer: torch.optim.Optimizer,
     watch: Watch | None,
 ) -> tuple[Any, tuple[float, ...], int]:
-    """The best value, the metric before each update and at the end, and where it was best."""
+    """The best value, the metric before each update and at the end, and where it was best.
+
+    Args:
+        search: how often.
+        gradient: gives the metric, and leaves its gradient unless it is told that this is the last time.
+        step: one update, after which no gradient is left.
+        value: what is kept where the metric is least.
+        watch: is told.
+    """
     losses: list[float] = []
     best, at = value(), 0
     for iteration in range(search.iterations + 1):
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(gradient())
+        last = iteration == search.iterations
+        losses.append(gradient(last))
         if watch is not None:
             watch(iteration, losses[-1])
         if losses[-1] <= min(losses):
             best, at = value(), iteration
-        if iteration < search.iterations:
+        if not last:
             step()
-    optimizer.zero_grad(set_to_none=True)
     return best, tuple(losses), at
 
 

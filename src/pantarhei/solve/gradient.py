@@ -14,10 +14,13 @@ from torch.autograd.function import once_differentiable
 from pantarhei.naming import unknown
 from pantarhei.solve.adams import Adams
 from pantarhei.solve.adaptive import Tolerance, solve_joint
-from pantarhei.solve.adjoints import Adjoint, Backwards, Checkpoint, Problem, Symplectic, Way, square_root, tableau_of
+from pantarhei.solve.adjoints import Adjoint, Backsolve, Backwards, Symplectic, tableau_of
+from pantarhei.solve.checkpoint import Checkpoint, square_root
 from pantarhei.solve.memory import PeakMemory
 from pantarhei.solve.methods import MethodName, as_step
 from pantarhei.solve.ode import Hook, check_grid, check_times
+from pantarhei.solve.problem import Problem, Way
+from pantarhei.solve.randomness import drawn_again, random_state
 from pantarhei.solve.reversible import Reversible
 from pantarhei.solve.state import CountedField, Field, State, check_state, leaves, map_state, tensors_of, with_tensors
 from pantarhei.solve.steps import Step
@@ -125,7 +128,7 @@ def gradient(
         raise ValueError("condition: there is none with floating-point tensors")
     start = map_state(lambda leaf: leaf.detach().requires_grad_("state" in wrt), x)
     report, device = Report(), leaves(x)[0].device
-    random = torch.get_rng_state()
+    random = random_state(device)
     with needing([*conditions, *named.values()]), _measured(measure, device, report):
         end = differentiable(
             field, start, times, parameters=named or None, condition=condition, report=report, **options
@@ -147,18 +150,11 @@ def gradient(
         report,
     )
     if verify:
-        if any(t.stride() != t.contiguous().stride() for t in conditions):
-            raise ValueError("verify: a condition whose rows share their memory cannot be changed; give it contiguous")
-        again = {
-            **options,
-            "report": None,
-            "steps": report.times,
-            "through": "reversible" if report.through == "reversible" else "checkpoint",
-        }
 
         def at() -> float:
-            torch.set_rng_state(random)
-            with torch.no_grad():
+            way: Through = "reversible" if report.through == "reversible" else "checkpoint"
+            again = {**options, "report": None, "steps": report.times, "through": way}
+            with torch.no_grad(), drawn_again(random, device):
                 return float(loss(differentiable(field, start, times, condition=condition, **again)))
 
         report.error = _directional_error(at, inputs, grads)
@@ -373,9 +369,8 @@ def _way(
     if through == "symplectic" and isinstance(problem.step, Adams):
         raise ValueError("through: adams is no Runge-Kutta method; take 'checkpoint', which gives the same gradient")
     tableau_of(problem.step)  # says so where there is none
-    if through == "symplectic":
-        return Symplectic(problem, nodes)
-    return Adjoint(problem, nodes, stored=through == "adjoint")
+    ways = {"symplectic": Symplectic, "adjoint": Adjoint, "backsolve": Backsolve}
+    return ways[through](problem, nodes)
 
 
 @contextmanager
@@ -410,6 +405,8 @@ def _directional_error(at: Callable[[], float], inputs: Sequence[Tensor], grads:
         v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
         directions.append(v * x.detach().square().mean().sqrt().clamp_min(1e-2))
     expected = sum(float((g.double() * v.double()).sum()) for g, v in zip(grads, directions, strict=True))
+    if any(x.stride() != x.contiguous().stride() for x in inputs):
+        raise ValueError("verify: a condition whose rows share their memory cannot be changed; give it contiguous")
     kept = [x.detach().clone() for x in inputs]
     step = 1e-5 if inputs[0].dtype == torch.float64 else 1e-2
     values = []

@@ -127,7 +127,7 @@ def own_module(field: Callable[..., Any]) -> nn.Module | None:
 
 
 @contextmanager
-def constant(tensors: Iterable[Tensor], but: Iterable[Tensor]) -> Iterator[None]:
+def constant(tensors: Iterable[Tensor], but: Iterable[Tensor] = ()) -> Iterator[None]:
     """Leaves that need no gradient for a while, but for some."""
     kept = {id(x) for x in but}
     held = [x for x in tensors if x.requires_grad and x.is_leaf and id(x) not in kept]

@@ -6,13 +6,12 @@ al. 2303.01469, 2310.14189) as its special cases: one interval from t to u, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pantarhei.flow import Condition, Flow, evaluation_mode, squared
 from pantarhei.flow.affine import AffinePath
@@ -21,6 +20,7 @@ from pantarhei.flow.metrics import Premetric
 from pantarhei.flow.trajectory import TrajectoryModel
 from pantarhei.flow.updates import carry_rows
 from pantarhei.naming import unknown
+from pantarhei.solve.randomness import drawn_again, random_state
 from pantarhei.straighten.jump_times import JumpDraw
 
 Waypoint = Literal["teacher", "self", "self-steps", "data"]
@@ -101,11 +101,11 @@ class TrajectoryMatching:
             condition: of student and teacher.
         """
         x = student.path.sample(x0, x1, None, draw.t)[0]
-        state = _dropout_state(student.network, x.device) if self.shared_dropout else None
+        state = random_state(x.device) if self.shared_dropout and student.network.training else None
         landing = student.land(x, draw.t, draw.s, condition)
         with torch.no_grad():
             waypoint = self.at_u(average, draw, x, x0, x1, condition)
-            with _repeated(state, x.device):
+            with drawn_again(state, x.device):
                 follower = student if self.follower == "student" else average
                 following = follower.land(waypoint, draw.u, draw.s, condition)
             target = to_data(average, following, draw.s, condition)
@@ -161,24 +161,3 @@ def to_data(average: TrajectoryModel, x: Tensor, s: Tensor, condition: Condition
 def level_at(path: AffinePath, t: Tensor) -> Tensor:
     """sigma / alpha at t, finite."""
     return path.sigma(t) / path.alpha(t).clamp_min(1e-6)
-
-
-def _dropout_state(network: nn.Module, device: torch.device) -> Tensor | None:
-    """The state of the generator that dropout, of features and of labels, draws from; None where nothing is dropped."""
-    if not network.training:
-        return None
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-@contextmanager
-def _repeated(state: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Draw again what was drawn after `state`, and go on as if nothing had been."""
-    if state is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state, device)
-        else:
-            torch.set_rng_state(state)
-        yield

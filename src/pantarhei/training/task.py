@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pantarhei.naming import unknown
+from pantarhei.solve.unknowns import constant
 
 OptimizerName = Literal["adam", "adamw", "radam", "sgd"]
 Decay = Literal["constant", "linear", "cosine"]
@@ -187,13 +188,8 @@ def held(network: nn.Module) -> Iterator[nn.Module]:
     Use it for the discriminator in a generator's update: nothing is accumulated in, or exchanged for, its parameters.
     """
     plain = unwrapped(network)
-    flags = [p.requires_grad for p in plain.parameters()]
-    plain.requires_grad_(False)
-    try:
+    with constant(plain.parameters()):
         yield plain
-    finally:
-        for parameter, flag in zip(plain.parameters(), flags, strict=True):
-            parameter.requires_grad_(flag)
 
 
 def slope(term: Tensor, of: Tensor, *, keep: bool = True) -> Tensor:
