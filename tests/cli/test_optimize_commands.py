@@ -112,6 +112,15 @@ def test_posterior(plain, folder, tmp_path, operator, way):
     assert (tmp_path / "x.png").is_file()
 
 
+def test_posterior_of_a_class(classes, tmp_path):
+    found = []
+    for name, label in (("any", []), ("three", ["--label", 3])):
+        options = ["--operator", "box:4", "--steps", 3, "--count", 3, *label, "--out", tmp_path / name]
+        assert run("optimize", "posterior", classes, *options) == 0
+        found.append(load_file(tmp_path / name / "posterior.safetensors")["x"])
+    assert not torch.equal(*found)
+
+
 def test_mistakes_are_one_line(classes, plain, folder, tmp_path, capsys):
     out = ["--out", tmp_path / "o"]
     noise = ["optimize", "noise", classes, *out, *SHORT]
@@ -130,7 +139,7 @@ def test_mistakes_are_one_line(classes, plain, folder, tmp_path, capsys):
     refused(capsys, "bound: must be positive", *noise, "--metric", f"{file}:dark", "--bound", 0)
     refused(capsys, "this flow has no classes", "optimize", "condition", plain, *out, "--metric", f"{file}:dark")
     posterior = ["optimize", "posterior", plain, *out]
-    refused(capsys, "give a flow without conditions", "optimize", "posterior", classes, *out, "--operator", "box:2")
+    refused(capsys, "trained without labels", *posterior, "--operator", "box:2", "--label", 3)
     refused(capsys, "blur needs a number", *posterior, "--operator", "blur:wide")
     refused(capsys, "9 is out of range for box", *posterior, "--operator", "box:9")
     refused(capsys, "noise and spread must be positive", *posterior, "--operator", "box:2", "--noise", 0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pantarhei.flow import Flow, GaussianMixture, Reparameterisation, differentiable_sample, keep_norm
+from pantarhei.flow import Flow, GaussianMixture, Reparameterisation, TrajectoryModel, differentiable_sample, keep_norm
 from pantarhei.flow.closed_form import MixtureField
 from pantarhei.flow.paths import EDM, VP, Cosine, Linear, build_path
 from pantarhei.networks import MLP, MLPConfig
@@ -179,3 +179,118 @@ def test_noise_on_its_shell():
     x0, other = normal(3, 1, 4, 4), normal(3, 1, 4, 4, seed=2)
     kept = keep_norm(3 * x0, other)
     assert torch.allclose(kept.flatten(1).norm(dim=1), other.flatten(1).norm(dim=1))
+
+
+# Noise on the way, and jumps
+
+
+def of_both_ways(flow, x0, leaves, **options):
+    """Samples and their gradients in x0 and others, through 'checkpoint' and 'backprop'."""
+    found, leaves = [], list(leaves)
+    for through in ("checkpoint", "backprop"):
+        leaf = x0.clone().requires_grad_(True)
+        x = differentiable_sample(flow, leaf, through=through, generator=torch.Generator().manual_seed(3), **options)
+        loss = (x**2 * normal(*x.shape, seed=3).to(x)).sum()
+        grads = torch.autograd.grad(loss, [leaf, *leaves], allow_unused=True)
+        found.append((x.detach(), torch.cat([g.flatten() for g in grads if g is not None])))
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"path": "vp", "predicts": "noise", "epsilon": 0.3, "cap": None},
+        {
+            "path": "linear",
+            "predicts": "velocity",
+            "epsilon": lambda t: 0.4 * (1 - t),
+            "method": "heun",
+            "guidance": 2.0,
+        },
+        {"path": "linear", "predicts": "velocity", "epsilon": 0.2, "last": "denoise"},
+    ],
+)
+def test_samples_of_an_sde_with_their_noise_fixed(options):
+    options = dict(options)
+    flow = flow_of(options.pop("path"), options.pop("predicts"))
+    how = {"condition": LABEL, "parameters": flow.network, "steps": 7, **options}
+    (x, exact), (y, plain) = of_both_ways(flow, normal(4, 2), flow.network.parameters(), **how)
+    assert torch.equal(x, y)
+    assert torch.allclose(exact, plain, rtol=1e-9, atol=1e-12)
+    # The noise is noise: from another number another sample; the law is tested with `sample`, whose steps these are.
+    other = differentiable_sample(flow, normal(4, 2), generator=torch.Generator().manual_seed(4), **how)
+    assert float((other - x).abs().max()) > 1e-3
+    # Without a generator it is drawn from torch's own, and drawn again on the way back.
+    leaf = normal(4, 2).requires_grad_(True)
+    torch.manual_seed(5)
+    first = differentiable_sample(flow, leaf, **how)
+    (grad,) = torch.autograd.grad(first.square().sum(), leaf)
+    torch.manual_seed(5)
+    again = differentiable_sample(flow, leaf, through="backprop", **how)
+    assert torch.equal(first, again)
+    assert torch.allclose(grad, torch.autograd.grad(again.square().sum(), leaf)[0], rtol=1e-9)
+
+
+def test_an_sde_of_a_known_law():
+    # Of Gaussian data: whatever epsilon, samples have their deviation; noise makes them forget where they began.
+    law = GaussianMixture(torch.ones(1).double(), torch.zeros(1, 1).double(), 0.25 * torch.ones(1, 1, 1).double())
+    field = MixtureField(law, path=Linear())
+    flow = Flow(field, path="linear", shape=(1,), interval=(0.001, 0.999), starts_scaled=True)
+    x0 = normal(4000, 1).requires_grad_(True)
+    x = differentiable_sample(flow, x0, epsilon=0.3, steps=200, cap=None, generator=torch.Generator().manual_seed(1))
+    assert float(x.detach().std()) == pytest.approx(0.5, rel=0.05)
+    (grad,) = torch.autograd.grad(x.sum(), x0)
+    assert 0 < float(grad.mean()) < 0.5  # 0.5 without noise
+
+
+def jumping(head="ctm", path="linear", predicts="velocity"):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        network = MLP(MLPConfig(width=16, layers=2, classes=3, second_time=True)).double()
+        for p in network.parameters():
+            p.data.add_(0.1 * torch.randn_like(p))
+    return TrajectoryModel(network, head=head, path=path, predicts=predicts, shape=(2,), null={"label": 3})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"steps": 4}, {"steps": 4, "gamma": 0.5}, {"steps": 3, "gamma": 1.0}, {"steps": 2, "guidance": 2.0}],
+)
+@pytest.mark.parametrize(("path", "predicts"), [("linear", "velocity"), ("edm", "edm")])
+def test_jumps_have_gradients_too(options, path, predicts):
+    model = jumping(path=path, predicts=predicts)
+    how = {"condition": LABEL, "parameters": model.network, **options}
+    (x, exact), (y, plain) = of_both_ways(model, normal(4, 2), model.network.parameters(), **how)
+    assert torch.equal(x, y)
+    assert torch.allclose(exact, plain, rtol=1e-9, atol=1e-12)
+    if not options.get("gamma"):
+        assert torch.allclose(x, model.sample(x0=normal(4, 2), condition=LABEL, **options), rtol=1e-12)
+    report = Report()
+    differentiable_sample(model, normal(4, 2), report=report, **how)
+    assert report.forward == options.get("steps", 1)
+
+
+def test_a_trajectory_model_is_solved_where_a_method_is_named():
+    model = jumping()
+    x = differentiable_sample(model, normal(4, 2), condition=LABEL, method="heun", steps=5)
+    assert torch.allclose(x, model.sample(x0=normal(4, 2), condition=LABEL, method="heun", steps=5), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"variables": "flow"}, "variables: are another form"),
+        ({"through": "adjoint"}, "noise is drawn again by 'checkpoint'"),
+        ({"final": "denoise"}, "final, transforms"),
+        ({"gamma": 0.5, "method": "heun"}, "gamma: goes with noise"),
+    ],
+)
+def test_what_does_not_go_with_jumps(options, said):
+    with pytest.raises(ValueError, match=said):
+        differentiable_sample(jumping(), normal(4, 2), condition=LABEL, **options)
+
+
+def test_ways_with_equations_of_their_own_take_heun_where_auto_knows_the_path():
+    flow = flow_of("vp", "noise")
+    x = differentiable_sample(flow, normal(4, 2), condition=LABEL, steps=5, through="symplectic")
+    assert torch.allclose(x, flow.sample(x0=normal(4, 2), condition=LABEL, steps=5, method="heun"), rtol=1e-12)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import pantarhei as pr
 from pantarhei.cli.main import main
@@ -45,3 +45,20 @@ def test_noise_and_weights_of_a_pipeline(tmp_path):
     assert load_file(tmp_path / "n/optimized.safetensors")["after"].shape[0] == 2
     assert run("optimize", "weights", folder, *metric, *SHORT, "--only", "conv_out", "--out", tmp_path / "w") == 0
     assert pr.load(tmp_path / "w/flow").shape is not None
+
+
+def test_measurements_and_examples_are_of_decoded_images(tmp_path):
+    folder = stable_diffusion(tmp_path / "pipeline")
+    flow = pr.load(folder)
+    images = flow.decode(torch.randn(3, *flow.shape, generator=torch.Generator().manual_seed(1)))
+    save_file({"x": images.detach().contiguous()}, tmp_path / "images.safetensors")
+    given = ["--input", tmp_path / "images.safetensors", "--prompt", "a cat", "--operator", "box:8"]
+    for way in ("guidance", "noise"):
+        assert run("optimize", "posterior", folder, *given, *SHORT, "--way", way, "--out", tmp_path / way) == 0
+        found = load_file(tmp_path / way / "posterior.safetensors")
+        assert found["x"].shape == found["measured"].shape == (2, *images.shape[1:])
+    example = ["--example", tmp_path / "images.safetensors", "--prompt", "a cat"]
+    assert run("optimize", "noise", folder, *example, *SHORT, "--lr", 0.3, "--out", tmp_path / "e") == 0
+    found = load_file(tmp_path / "e/optimized.safetensors")
+    off = [(found[name] - images[:2]).square().mean() for name in ("after", "before")]
+    assert float(off[0]) < float(off[1])

@@ -59,12 +59,12 @@ def data_of(run: Path) -> tuple[Source, Source]:
     return recipe.open()
 
 
-def default_steps(flow: Flow, method: str = "auto") -> int:
-    """Steps that a distilled flow was made for, the phases of a phased one, one jump; 50 for others."""
+def default_steps(flow: Flow, method: str = "auto", otherwise: int = 50) -> int:
+    """Steps that a distilled flow was made for, the phases of a phased one, one jump; a number for others."""
     if isinstance(flow, TrajectoryModel) and flow.jumps_with(method):
         return 1
     notes = flow.provenance.notes
-    return int(notes.get("steps", notes.get("sampling_steps", 50)))
+    return int(notes.get("steps", notes.get("sampling_steps", otherwise)))
 
 
 def fine_method(flow: Flow) -> Literal["heun", "edm"]:
@@ -77,7 +77,9 @@ def own_guidance(flow: Flow) -> float:
     return float(flow.provenance.notes.get("guidance", 1.0))
 
 
-def read_input(path: Path, flow: Flow, count: int, keys: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+def read_input(
+    path: Path, flow: Flow, count: int, keys: Sequence[str], shape: Sequence[int] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Items to start from, and their conditions where the file has them; as many as asked for.
 
     Args:
@@ -85,13 +87,15 @@ def read_input(path: Path, flow: Flow, count: int, keys: Sequence[str]) -> tuple
         flow: what they are for.
         count: at most so many.
         keys: names of the tensor in a `.safetensors` file, the first one there is taken.
+        shape: of an item, that of the flow's states by default.
 
     Raises:
         FileNotFoundError: there is no such path.
-        ValueError: they have another shape than the flow's samples, there are none, or they are not finite.
+        ValueError: they have another shape, there are none, or they are not finite.
     """
     if not path.exists():
         raise FileNotFoundError(f"--input: there is no {path}")
+    shape = tuple(shape or flow.shape or ())
     found: dict[str, Tensor]
     if path.suffix == ".safetensors":
         found = read_tensors(path)
@@ -102,17 +106,24 @@ def read_input(path: Path, flow: Flow, count: int, keys: Sequence[str]) -> tuple
     else:
         if keys[0] == "x0" and getattr(flow.source, "gaussian", False):
             raise ValueError("--input: this flow starts from noise, not from images; give a .safetensors file with x0")
-        shape = flow.shape or ()
         options: dict[str, Any] = {"size": shape[-1], "channels": shape[0]} if len(shape) == 3 else {}
         source = open_images(path, **options)
         found = source.fetch(torch.arange(min(count, len(source))))
         x = found["x1"]
-    if tuple(x.shape[1:]) != flow.shape or not len(x):
-        raise ValueError(f"--input: expected items of shape {flow.shape}, got {tuple(x.shape)}")
+    if tuple(x.shape[1:]) != shape or not len(x):
+        raise ValueError(f"--input: expected items of shape {shape}, got {tuple(x.shape)}")
     if not bool(x.isfinite().all()):
         raise ValueError(f"--input: {path} holds NaN or infinity")
     conditions = {name: found[name][:count] for name in flow.conditions if name in found}
     return x[:count].to(flow.device, flow.dtype), conditions
+
+
+@torch.no_grad()
+def data_shape(flow: Flow) -> tuple[int, ...]:
+    """The shape of one decoded sample."""
+    if flow.codec is None or flow.shape is None:
+        return tuple(flow.shape or ())
+    return tuple(flow.decode(torch.zeros(1, *flow.shape, dtype=flow.dtype, device=flow.device)).shape[1:])
 
 
 @contextmanager

@@ -11,11 +11,21 @@ import torch
 import tyro
 from torch import Tensor
 
-from pantarhei.cli.opening import Device, data_of, open_flow, own_guidance, read_input, save_picture
+from pantarhei.cli.opening import (
+    Device,
+    data_of,
+    data_shape,
+    default_steps,
+    open_flow,
+    own_guidance,
+    read_input,
+    save_picture,
+    with_null_labels,
+)
 from pantarhei.cli.sample import conditions_of, in_turn, prompts_of
 from pantarhei.data.seeds import generator as seeded
 from pantarhei.files import write_json, write_tensors
-from pantarhei.flow import Blurred, Flow, Masked, Measurement, Sensors, posterior_sample
+from pantarhei.flow import Blurred, Flow, Masked, Measurement, Sensors, TrajectoryModel, posterior_sample
 from pantarhei.flow.numbered import numbered_conditions, numbered_source
 from pantarhei.flow.reparameterisation import Variables
 from pantarhei.metrics import ClassifierFeatures
@@ -47,7 +57,7 @@ class Searching:
         iterations: updates.
         lr: learning rate of AdamW, or length of a normalised step.
         weight_decay: of AdamW.
-        steps: of the sampler.
+        steps: of the sampler; 20, what a distilled flow was made for, or one jump of a trajectory model.
         method: of the sampler, as of `pantarhei sample`.
         guidance: classifier-free guidance; by default what the flow's notes name.
         through: how gradients are found: checkpoint (exact), backprop, symplectic, adjoint, backsolve or reversible.
@@ -59,7 +69,7 @@ class Searching:
     iterations: int = 30
     lr: float = 0.05
     weight_decay: float = 0.0
-    steps: int = 20
+    steps: int | None = None
     method: str = "auto"
     guidance: float | None = None
     through: Through = "checkpoint"
@@ -69,7 +79,8 @@ class Searching:
 
     def search(self, flow: Flow) -> Search:
         """As settings of a search."""
-        sampling: dict[str, Any] = {"steps": self.steps, "method": self.method, "through": self.through}
+        steps = self.steps or default_steps(flow, self.method, 20)
+        sampling: dict[str, Any] = {"steps": steps, "method": self.method, "through": self.through}
         sampling |= {"variables": self.variables, "truncate": self.truncate}
         sampling["guidance"] = own_guidance(flow) if self.guidance is None else self.guidance
         return Search(self.iterations, self.lr, self.weight_decay, sampling=sampling, batch=self.batch)
@@ -101,7 +112,7 @@ class Measuring:
         if (self.example is None) == (not self.metric):
             raise ValueError("--metric, --example: one of the two is needed")
         if self.example is not None:
-            return like_example(read_input(self.example, flow, count, ("x", "x1"))[0])
+            return like_example(read_input(self.example, flow, count, ("x", "x1"), data_shape(flow))[0])
         kind, _, rest = self.metric.partition(":")
         if kind == "classifier":
             if self.target is None:
@@ -343,6 +354,7 @@ def optimize_posterior(
     way: Literal["guidance", "noise"] = "guidance",
     searching: Searching = Searching(iterations=60, steps=40),
     drawing: Drawing = Drawing(count=8),
+    label: int | None = None,
     scale: float = 1.0,
 ) -> int:
     """Data from a noisy measurement: in-painting, deblurring, sparse sensors, or any function of yours.
@@ -351,7 +363,7 @@ def optimize_posterior(
     noise. Writes `posterior.safetensors` (`truth`, `measured`, `x`) and pictures.
 
     Args:
-        run: a run or a saved flow, without conditions.
+        run: a run, a saved flow, or a pipeline of diffusers.
         out: folder to write into.
         operator: mask:SHARE (that share of the pixels is known), box:SIDE (all but a square in the middle), blur:WIDTH,
             sensors:NUMBER, or FILE.py:function.
@@ -361,36 +373,40 @@ def optimize_posterior(
         way: guidance (diffusion posterior sampling) or noise (D-Flow).
         searching: how noise is searched, and the sampler.
         drawing: how many items, and everything that is drawn.
-        scale: of guidance.
+        label: of all items; nothing is said of their labels by default.
+        scale: of guidance by the measurement.
     """
     flow = drawing.open_flow(run)
-    if flow.conditions:
-        raise ValueError("posterior: give a flow without conditions, or do this from Python (flow.posterior_sample)")
     if input is not None:
-        truth = read_input(input, flow, drawing.count, ("x", "x1"))[0]
+        truth = read_input(input, flow, drawing.count, ("x", "x1"), data_shape(flow))[0]
     else:
         held_out = data_of(run)[1]
         truth = held_out.fetch(torch.arange(min(drawing.count, len(held_out))))["x1"].to(flow.device, flow.dtype)
+    condition = None
+    if label is None and flow.conditions == ("label",) and not drawing.prompt:
+        condition = with_null_labels(flow, {}, len(truth))
+    elif flow.conditions or label is not None:
+        condition = replace(drawing, count=len(truth)).open(run, label)[2]
     measure = _operator(operator, tuple(truth.shape[1:]), seeded(drawing.seed, 74))
     clean, generator = measure(truth), seeded(drawing.seed, 73, device=flow.device)
     value = clean + noise * torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=clean.device)
     measurement = Measurement(measure, value, noise, spread)
-    x0 = drawing.noise(flow, len(truth))
-    sampler: dict[str, Any] = {"steps": searching.steps, "method": searching.method, "decode": False}
+    x0 = drawing.noise(flow, len(truth), condition)
+    search = replace(searching, batch=len(truth)).search(flow)  # the measurements of all rows are one tensor
     if way == "guidance":
-        x = posterior_sample(flow, measurement, x0=x0, scale=scale, **sampler)
+        method = "heun" if searching.method == "auto" and isinstance(flow, TrajectoryModel) else searching.method
+        sampler = {**{name: search.sampling[name] for name in ("steps", "guidance")}, "method": method}
+        x = posterior_sample(flow, measurement, x0=x0, condition=condition, scale=scale, **sampler)
     else:
-        search = replace(searching, batch=len(truth)).search(flow)  # the measurements of all rows are one tensor
-        search.sampling["decode"] = False
-        x = with_bar("searching noise", search, optimize_noise, flow, measurement.mismatch, x0).after
+        given = (flow, measurement.mismatch, x0)
+        x = with_bar("searching noise", search, optimize_noise, *given, condition=condition).after
     misses = float(measurement.residual(x).square().mean().sqrt())
     error = float((x - truth).square().mean().sqrt())
     tensors = {"truth": truth, "measured": value, "x": x, "x0": x0}
     write_tensors(out / "posterior.safetensors", {k: v.float().cpu() for k, v in tensors.items()}, {"run": str(run)})
-    save_picture(flow.decode(truth).float().cpu(), out / "truth.png", "truth")
-    save_picture(flow.decode(x).float().cpu(), out / "x.png", "samples")
-    if value.shape == truth.shape:
-        save_picture(flow.decode(value).float().cpu(), out / "measured.png", "measured")
+    shown = {"truth": truth, "x": x, **({"measured": value} if value.shape == truth.shape else {})}
+    for name, images in shown.items():
+        save_picture(images.float().cpu(), out / f"{name}.png", name)
     print(
         f"{len(x)} samples: they miss the measurement by {misses:.4g} (its noise is {noise:g}), the truth by {error:.4g} "
         f"(the data's deviation is {float(truth.std()):.3g}) in {out}"

@@ -59,13 +59,13 @@ class Measurement:
     def log_likelihood(self, flow: Flow, condition: ConditionLike = None) -> Callable[[Tensor, Tensor], Tensor]:
         """log p(y | x_t) from the flow's denoised estimate, for `ClassifierGuidance`: exact for Gaussian data and A A^T = 1.
 
-        The estimate is as sure as that of Gaussian data of this spread would be.
+        The estimate, decoded where the flow has a codec, is as sure as that of Gaussian data of this spread would be.
         """
 
         def log_prob(x: Tensor, t: Tensor) -> Tensor:
             at = flow.path.at(t, x)
             left = (self.spread * at.sigma) ** 2 / ((self.spread * at.alpha) ** 2 + at.sigma**2)
-            misses = self.residual(flow.denoise(x, t, condition)).square().flatten(1).sum(dim=1)
+            misses = self.residual(flow.decode(flow.denoise(x, t, condition))).square().flatten(1).sum(dim=1)
             return -misses / (2 * (self.noise**2 + left.reshape(-1)))
 
         return log_prob
@@ -88,7 +88,7 @@ def posterior_sample(
 
     Args:
         flow: on an affine path, with a Gaussian source.
-        measurement: of the data, in the flow's space.
+        measurement: of the data, as they are decoded.
         count, x0, condition, options: as of `Flow.sample`.
         scale: strength; 1 is the likelihood's own.
 

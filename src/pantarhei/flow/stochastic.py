@@ -56,6 +56,7 @@ def transport_sde(
     guidance: float | Guidance = 1.0,
     transforms: Sequence[FieldTransform] = (),
     generator: torch.Generator | None = None,
+    solver: Callable[..., Solution] = sde,
     **hooks: Any,
 ) -> Solution:
     """Carry states from `times[0]` to `times[1]` with noise, either way; both directions keep the flow's marginals.
@@ -84,6 +85,7 @@ def transport_sde(
         condition, guidance, transforms: what changes the field (on a path with a latent, all stacked fields of the network's
             output); the score belongs to the changed field.
         generator: draws the noise.
+        solver: takes the noisy steps, as `solve.sde` does.
         hooks: `before_step`, `after_step`, `observe`.
 
     Raises:
@@ -111,7 +113,7 @@ def transport_sde(
         first = equation.open(x, nodes[:2], generator, noise, options)
         x, evaluations = first.x, first.evaluations
     if len(inner) > 1:
-        noisy: Any = sde(
+        noisy: Any = solver(
             equation.drift,
             lambda t: math.sqrt(2 * equation.amount(t)),
             x,

@@ -286,11 +286,15 @@ class TrajectoryModel(Flow):
         if left:
             raise ValueError(f"{left[0]}: jumps do not take it; methods of the ODE do, such as method='heun'")
         x = self.first_sigma * self.draw(count, condition, generator, x0=x0)
-        moves = self.plan(**options)
+        moves, how["finish"] = self.moves(**options)
         with evaluation_mode(self.network):
-            how["finish"] = self.last_sigma > VISIBLE and moves[-1].to >= self.interval[1] - 1e-6
             x = self.jumps(x, moves, condition=condition, generator=generator, **how)
         return self.decode(x) if decode else x
+
+    def moves(self, **options: Any) -> tuple[list[Move], bool]:
+        """The moves of samples, from the options of `plan`, and whether the last is to leave the path's last noise out."""
+        moves = self.plan(**options)
+        return moves, self.last_sigma > VISIBLE and moves[-1].to >= self.interval[1] - 1e-6
 
     def plan(
         self,

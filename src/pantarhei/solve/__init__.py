@@ -8,7 +8,7 @@ from pantarhei.solve.memory import PeakMemory
 from pantarhei.solve.methods import METHODS, as_step
 from pantarhei.solve.ode import Solution, ode
 from pantarhei.solve.reversible import Reversible
-from pantarhei.solve.sde import sde
+from pantarhei.solve.sde import Stochastic, sde
 from pantarhei.solve.state import CountedField, Field, State
 from pantarhei.solve.steps import RungeKutta, Step, StepResult, Tableau, hermite
 
@@ -28,6 +28,7 @@ __all__ = [
     "State",
     "Step",
     "StepResult",
+    "Stochastic",
     "Tableau",
     "as_step",
     "differentiable",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,8 @@ from pantarhei.solve.problem import Cotangents, Problem, with_cotangent
 from pantarhei.solve.reversible import Reversible
 from pantarhei.solve.state import State, add_terms, leaves, map_state, tensors_of
 from pantarhei.solve.steps import RungeKutta, Step, Tableau
+
+TOLERABLE = 1e-3  # of what is found again of a state
 
 
 @dataclass
@@ -122,6 +125,8 @@ class Backsolve(Adjoint):
 class Backwards:
     """The exact gradient of a reversible solve, whose states are found again on the way back: nothing is kept but the last.
 
+    Rounding grows by 1 / coupling a step on the way back, which says when single precision ends.
+
     Attributes:
         problem: the solve, by a `Reversible` step.
         asked: nodes whose states are wanted.
@@ -133,6 +138,15 @@ class Backwards:
 
     def forward(self, x: State) -> list[State]:
         """Keep the last pair."""
+        step = self.problem.step
+        assert isinstance(step, Reversible)
+        growth = step.coupling**-self.problem.count * torch.finfo(leaves(x)[0].dtype).eps
+        if growth > TOLERABLE:
+            warnings.warn(
+                f"reversible: on the way back rounding grows to about {growth:.1g} of the states, by 1 / {step.coupling:g} "
+                "a step; take fewer steps, double precision, or through='checkpoint'",
+                stacklevel=2,
+            )
         found, memory = self.problem.solve_plainly(x, self.asked)
         self._last = (found[-1], memory)
         return found

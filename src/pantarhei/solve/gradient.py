@@ -22,7 +22,20 @@ from pantarhei.solve.ode import Hook, check_grid, check_times
 from pantarhei.solve.problem import Problem, Way
 from pantarhei.solve.randomness import drawn_again, random_state
 from pantarhei.solve.reversible import Reversible
-from pantarhei.solve.state import CountedField, Field, State, check_state, leaves, map_state, tensors_of, with_tensors
+from pantarhei.solve.sde import Stochastic
+from pantarhei.solve.state import (
+    CountedField,
+    Field,
+    State,
+    check_state,
+    half_types,
+    in_types,
+    leaves,
+    map_state,
+    tensors_of,
+    wide,
+    with_tensors,
+)
 from pantarhei.solve.steps import Step
 from pantarhei.solve.unknowns import Unknowns, check_leaves, constant, own_module, parameters_of
 
@@ -35,6 +48,7 @@ THROUGH: dict[str, str] = {
     "backsolve": "the same without stored states: worse where the flow contracts",
     "reversible": "reversible steps: exact for their own, slightly different, solution; no state is stored",
 }
+RUNGE_KUTTA_WAYS = ("symplectic", "adjoint", "backsolve")  # equations of their own, for methods with a tableau
 EXACT = ("checkpoint", "backprop", "symplectic", "reversible")
 Wrt = Literal["state", "condition", "parameters"]
 Given = nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | None
@@ -194,7 +208,8 @@ def differentiable(
 
     Args:
         field, x, times, method, steps, rtol, atol, before_step, after_step: as of `ode`; times between the first and the
-            last must be nodes of the grid. Hooks are called again on the way back.
+            last must be nodes of the grid. Hooks are called again on the way back. States in half precision are summed, and
+            their gradients carried, in single precision, as `ode` sums them.
         through: how the gradient is found.
         parameters: what the field closes over and a gradient is wanted of: a module, or tensors, by name or not.
         constants: what it closes over that needs gradients elsewhere, but none here. The parameters of the module that a
@@ -216,9 +231,13 @@ def differentiable(
         RuntimeError: a second way back.
     """
     check_state(x)
+    types = half_types(x)
+    x = wide(x) if types else x
     if through not in THROUGH:
         raise ValueError(unknown("through", through, THROUGH))
     asked, step = check_times(times), as_step(method)
+    if isinstance(step, Stochastic) and through not in ("checkpoint", "backprop"):
+        raise ValueError(f"through: noise is drawn again by 'checkpoint' and 'backprop' only, not by {through!r}")
     if through == "reversible" and not isinstance(step, Reversible):
         step = Reversible(step)
     unknowns = Unknowns(
@@ -231,7 +250,7 @@ def differentiable(
         raise ValueError("parameters: none of them needs a gradient; are they frozen?")
     owner = own_module(field)
     fixed = [*parameters_of(constants).values(), *(owner.parameters() if owner is not None else ())]
-    counted, report = CountedField(field, condition), report if report is not None else Report()
+    counted, report = CountedField(field, condition, types), report if report is not None else Report()
     with constant(fixed, unknowns.tensors):
         if (before_step or after_step) and steps is None and step.adaptive:
             raise ValueError("before_step, after_step: hooks need a fixed grid; give steps= as well")
@@ -246,13 +265,19 @@ def differentiable(
             states = problem.solve(x, nodes)
             check_leaves([t for s in states for t in leaves(s)], [*leaves(x), *unknowns.tensors])
             report.forward = counted.calls
-            return states[-1] if len(asked) == 2 else map_state(lambda *parts: torch.stack(parts), *states)
+            return _reported(states, len(asked), types)
     way = _way(through, problem, nodes, every, offload, truncate, x)
     run = _Run(way, problem, nodes, x, fixed, report, _autocast(leaves(x)[0].device.type))
     flat = _Solve.apply(run, *leaves(x), *unknowns.tensors)
     width = len(leaves(x))
     found = [with_tensors(x, flat[i : i + width]) for i in range(0, len(flat), width)]
-    return found[-1] if len(asked) == 2 else map_state(lambda *parts: torch.stack(parts), *found)
+    return _reported(found, len(asked), types)
+
+
+def _reported(states: list[State], asked: int, types: tuple[torch.dtype, ...]) -> State:
+    """The last of two, or all of more, in the types that they came in."""
+    states = [in_types(x, types) for x in states] if types else states
+    return states[-1] if asked == 2 else map_state(lambda *parts: torch.stack(parts), *states)
 
 
 def _autocast(kind: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pantarhei.solve.adaptive import Tolerance, solve_joint, solve_per_sample
 from pantarhei.solve.methods import MethodName, as_step
-from pantarhei.solve.state import CountedField, Field, State, check_state, map_state
+from pantarhei.solve.state import CountedField, Field, State, check_state, half_types, in_types, map_state, wide
 from pantarhei.solve.steps import Step, hermite
 
 # Changes the state around a step; None means that it did not.
@@ -63,7 +63,8 @@ def ode(
 
     Args:
         field: a callable whose output is like `x`; `t` reaches it as a 0-d tensor, or (B,) in per-sample control.
-        x: state at `times[0]`: a tensor, or a tuple of tensors, of any floating-point dtype.
+        x: state at `times[0]`: a tensor, or a tuple of tensors, of any floating-point dtype. Half precision is what the
+            field sees; steps are summed, and hooks called, in single precision.
         times: two or more strictly monotone real numbers, rising or falling; the states at all of them are reported.
         method: a name (euler, midpoint, heun, rk4, bosh3, dopri5, tsit5) or any object with the `Step` protocol.
         steps: number of equal steps from the first to the last time, or the whole grid. Without it, methods with an
@@ -90,7 +91,8 @@ def ode(
     check_state(x)
     step = as_step(method)
     asked = check_times(times)
-    counted = CountedField(field, condition)
+    types = half_types(x)
+    counted, x = CountedField(field, condition, types), wide(x) if types else x
     if steps is None and step.adaptive:
         if before_step is not None or after_step is not None:
             raise ValueError("before_step, after_step: hooks need a fixed grid; give steps= as well")
@@ -107,6 +109,7 @@ def ode(
         grid = check_grid(steps, asked)
         reported = _solve_fixed(counted, step, x, grid, asked, before_step, after_step, observe)
         counts = (len(grid) - 1, 0)
+    reported = [in_types(part, types) for part in reported] if types else reported
     xs = map_state(lambda *parts: torch.stack(parts), *reported)
     return Solution(reported[-1], asked, xs, counted.calls, counted.rows, *counts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -12,7 +13,19 @@ from torch import Tensor
 
 from pantarhei.naming import unknown
 from pantarhei.solve.ode import Hook, Solution, check_grid, check_times
-from pantarhei.solve.state import CountedField, Field, State, add_scaled, check_state, leaves, map_state
+from pantarhei.solve.state import (
+    CountedField,
+    Field,
+    State,
+    add_scaled,
+    check_state,
+    half_types,
+    in_types,
+    leaves,
+    map_state,
+    wide,
+)
+from pantarhei.solve.steps import StepResult
 
 Diffusion = float | Callable[..., Any]
 SDEMethodName = Literal["euler_maruyama", "heun", "noised_heun"]
@@ -61,9 +74,7 @@ def sde(
         ValueError: for bad grids, an unknown method, or noise that does not match the number of steps.
     """
     check_state(x)
-    if isinstance(method, str) and method not in SDE_METHODS:
-        raise ValueError(unknown("method", method, SDE_METHODS))
-    advance = SDE_METHODS[method] if isinstance(method, str) else method
+    advance = _step_of(method)
     asked = check_times(times)
     grid = check_grid(steps, asked)
     if not set(asked) <= set(grid):
@@ -72,7 +83,8 @@ def sde(
         )
     if noise is not None and not callable(noise) and len(noise) != len(grid) - 1:
         raise ValueError(f"noise: one draw a step is needed, {len(grid) - 1}, got {len(noise)}")
-    field = CountedField(drift, condition)
+    types = half_types(x)
+    field, x = CountedField(drift, condition, types), wide(x) if types else x
     amplitude = _amplitude(diffusion)
     reported = [x]
     if observe is not None:
@@ -88,8 +100,9 @@ def sde(
             observe(x, end, i + 1)
         if len(reported) < len(asked) and asked[len(reported)] == end:
             reported.append(x)
+    reported = [in_types(part, types) for part in reported] if types else reported
     xs = map_state(lambda *parts: torch.stack(parts), *reported)
-    return Solution(x, asked, xs, field.calls, field.rows, len(grid) - 1, 0)
+    return Solution(in_types(x, types) if types else x, asked, xs, field.calls, field.rows, len(grid) - 1, 0)
 
 
 def _euler_maruyama(
@@ -122,6 +135,62 @@ def _noised_heun(
 
 
 SDE_METHODS: dict[str, SDEStep] = {"euler_maruyama": _euler_maruyama, "heun": _heun, "noised_heun": _noised_heun}
+
+
+@dataclass(frozen=True)
+class Stochastic:
+    """A step of an SDE among those of `ode` and `differentiable`: the field is its drift.
+
+    A gradient through it is that of the path with its noise fixed, which is drawn again on the way back: exact, with
+    'checkpoint' and 'backprop'.
+
+    Attributes:
+        diffusion, method: as of `sde`.
+        noise: a number that the noise of each step follows from, with the step's time; or a function of time and state;
+            None draws from torch's own generator.
+    """
+
+    diffusion: Diffusion
+    method: SDEMethodName | SDEStep = "euler_maruyama"
+    noise: int | Callable[[float, State], State] | None = None
+
+    name = "stochastic"
+    order = 1
+    adaptive = False
+
+    def start(self, field: CountedField, x: State, t: Any, dt: Any, slope: State | None = None) -> None:
+        """Nothing is remembered."""
+
+    def __call__(self, field: CountedField, x: State, t: Any, dt: Any, memory: None) -> StepResult:
+        """One step with its noise."""
+        if callable(self.noise):
+            draw = self.noise(t, x)
+        else:
+            device = leaves(x)[0].device
+            # Of the time, not of the step's number: a step that is taken again knows its time only.
+            seed = None if self.noise is None else hash((self.noise, float(t))) % 2**63
+            generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+            draw = map_state(lambda leaf: _normal_like(leaf, generator), x)
+        new = _step_of(self.method)(field, _amplitude(self.diffusion), x, t, t + dt, draw)
+        return StepResult(new, None, None, ())
+
+    def interpolate(self, theta: Any, x: State, result: StepResult, dt: Any, field: CountedField, t: Any) -> State:
+        """There is no path between two nodes.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "times: an SDE is reported at nodes of its grid only; give steps= as a grid that contains them"
+        )
+
+
+def _step_of(method: SDEMethodName | SDEStep) -> SDEStep:
+    if not isinstance(method, str):
+        return method
+    if method not in SDE_METHODS:
+        raise ValueError(unknown("method", method, SDE_METHODS))
+    return SDE_METHODS[method]
 
 
 def _hooked(hook: Hook | None, x: State, t: float, step: int) -> State:

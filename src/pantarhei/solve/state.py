@@ -64,21 +64,39 @@ def select_rows(x: Any, rows: Tensor) -> Any:
     return x.index(rows)
 
 
+def half_types(x: State) -> tuple[torch.dtype, ...]:
+    """The types of a state's tensors where one is of less than single precision, else nothing."""
+    types = tuple(leaf.dtype for leaf in leaves(x))
+    return types if any(torch.promote_types(kind, torch.float32) != kind for kind in types) else ()
+
+
 def time_dtype(x: State) -> torch.dtype:
     """The precision times are handed to a field in: that of the state, but never below float32."""
     dtype = leaves(x)[0].dtype
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
+def wide(x: State) -> State:
+    """A state in single precision at least: half precision loses the sum of many small steps."""
+    return map_state(lambda leaf: leaf.to(torch.promote_types(leaf.dtype, torch.float32)), x)
+
+
+def in_types(x: State, types: Sequence[torch.dtype]) -> State:
+    """A state whose tensors are of the given types."""
+    return x.to(types[0]) if isinstance(x, Tensor) else tuple(p.to(kind) for p, kind in zip(x, types, strict=True))
+
+
 class CountedField:
     """Calls `field(x, t[, condition])` and counts the calls and the rows (batch elements) evaluated.
 
-    `t` arrives as a float or a (B,) tensor and reaches the field as a tensor on the state's device.
+    `t` arrives as a float or a (B,) tensor and reaches the field as a tensor on the state's device. The field sees states of
+    the given types, whatever precision they are summed in.
     """
 
-    def __init__(self, field: Field, condition: Any = None):
+    def __init__(self, field: Field, condition: Any = None, types: Sequence[torch.dtype] = ()):
         self.field = field
         self.condition = condition
+        self.types = tuple(types)
         self.calls = 0
         self.rows = 0
         self._of_times: dict[str, Any] = {}
@@ -94,14 +112,15 @@ class CountedField:
             t = t.to(self._of_times["dtype"])
         else:  # a fill, not torch.tensor: no copy from the host, nothing to wait for on a GPU
             t = torch.scalar_tensor(t, **self._of_times)
-        value = self.field(x, t) if self.condition is None else self.field(x, t, self.condition)
+        seen = in_types(x, self.types) if self.types else x
+        value = self.field(seen, t) if self.condition is None else self.field(seen, t, self.condition)
         if self.calls == 1:
             _check_like(value, x)
-        return value
+        return map_state(lambda part, like: part.to(like.dtype), value, x) if self.types else value
 
     def for_rows(self, rows: Tensor) -> CountedField:
         """The same field for some rows of the batch; its counts start at zero."""
-        return CountedField(self.field, select_rows(self.condition, rows))
+        return CountedField(self.field, select_rows(self.condition, rows), self.types)
 
 
 def check_state(x: State) -> None:
