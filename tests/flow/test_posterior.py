@@ -7,11 +7,11 @@ import torch
 
 from pantarhei.flow import (
     Blurred,
-    ClassifierGuidance,
     Flow,
     GaussianMixture,
     Masked,
     Measurement,
+    MeasurementGuidance,
     Sensors,
     differentiable_sample,
     posterior_sample,
@@ -28,10 +28,11 @@ def gaussian_flow():
     return Flow(MixtureField(law), shape=(2,))
 
 
+@pytest.mark.parametrize("spread", [None, SPREAD])
 @pytest.mark.parametrize("noise", [0.1, 0.5])
-def test_the_posterior_of_gaussian_data_is_exact(noise):
+def test_the_posterior_of_gaussian_data_is_exact(noise, spread):
     flow, y = gaussian_flow(), torch.tensor([[1.0]]).double()
-    measured = Measurement(lambda x: x[:, :1], y, noise, SPREAD)
+    measured = Measurement(lambda x: x[:, :1], y, noise, spread)
     x0 = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = posterior_sample(flow, measured, x0=x0, method="heun", steps=60)
     share = SPREAD**2 / (SPREAD**2 + noise**2)
@@ -41,14 +42,15 @@ def test_the_posterior_of_gaussian_data_is_exact(noise):
     assert float(x[:, 1].std()) == pytest.approx(SPREAD, rel=0.04)
 
 
-def test_gradients_pass_through_guidance_twice():
+@pytest.mark.parametrize("spread", [None, SPREAD])
+def test_gradients_pass_through_guidance_twice(spread):
     flow, y = gaussian_flow(), torch.tensor([[1.0]]).double()
-    measured = Measurement(lambda x: x[:, :1].sin(), y, 0.3, SPREAD)
+    measured = Measurement(lambda x: x[:, :1].sin(), y, 0.3, spread)
     x0 = torch.randn(3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     way = torch.randn(3, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
     def run(x0, twice):
-        guide = ClassifierGuidance(measured.log_likelihood(flow), flow.path, twice=twice)
+        guide = MeasurementGuidance(flow, measured, twice=twice)
         return differentiable_sample(flow, x0, transforms=[guide], steps=8, method="heun").square().sum()
 
     found = {}

@@ -350,7 +350,7 @@ def optimize_posterior(
     operator: str,
     input: Path | None = None,
     noise: float = 0.05,
-    spread: float = 0.5,
+    spread: float | None = None,
     way: Literal["guidance", "noise"] = "guidance",
     searching: Searching = Searching(iterations=60, steps=40),
     drawing: Drawing = Drawing(count=8),
@@ -369,7 +369,7 @@ def optimize_posterior(
             sensors:NUMBER, or FILE.py:function.
         input: what is measured: images (a folder, zip or file) or .safetensors with x; held-out data by default.
         noise: standard deviation of the noise.
-        spread: of guidance, the standard deviation of the data.
+        spread: of guidance, the standard deviation of data that are Gaussian noise; measured from the network by default.
         way: guidance (diffusion posterior sampling) or noise (D-Flow).
         searching: how noise is searched, and the sampler.
         drawing: how many items, and everything that is drawn.

@@ -35,7 +35,7 @@ from pantarhei.flow.nonparametric import EmpiricalField, NeighbourField
 from pantarhei.flow.objectives import FlowMatching, Objective, Term
 from pantarhei.flow.observations import Inpainting, Observation, Present, SuperResolution
 from pantarhei.flow.path_likelihood import PathLikelihood, path_likelihood
-from pantarhei.flow.posterior import Blurred, Masked, Measurement, Sensors, posterior_sample
+from pantarhei.flow.posterior import Blurred, Masked, Measurement, MeasurementGuidance, Sensors, posterior_sample
 from pantarhei.flow.provenance import Provenance
 from pantarhei.flow.reparameterisation import Reparameterisation
 from pantarhei.flow.stochastic import StiffNoise, transport_sde
@@ -66,6 +66,7 @@ __all__ = [
     "Likelihood",
     "Masked",
     "Measurement",
+    "MeasurementGuidance",
     "MixtureField",
     "Move",
     "NeighbourField",

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pantarhei.flow.controls import ClassifierGuidance
-from pantarhei.flow.flow import ConditionLike, Flow
+from pantarhei.flow.affine import AffinePath
+from pantarhei.flow.conditions import Condition
+from pantarhei.flow.flow import Flow
+from pantarhei.flow.predictions import Velocity
+from pantarhei.flow.transforms import ConditionedField
+from pantarhei.solve.state import per_row
 
 # What is measured of data (B, *shape): any shape (B, ...), differentiable.
 Operator = Callable[[Tensor], Tensor]
@@ -25,18 +30,18 @@ class Measurement:
         operator: A.
         value: y, (B, ...); one row serves for all.
         noise: standard deviation of the noise in each element.
-        spread: standard deviation of the data, as far as a Gaussian describes them: how sure a denoised estimate is follows
-            from it.
+        spread: standard deviation of the data, where a Gaussian of one variance describes them: how sure an estimate is
+            follows from it. By default it is measured, see `MeasurementGuidance`.
     """
 
     operator: Operator
     value: Tensor
     noise: float = 0.05
-    spread: float = 1.0
+    spread: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.noise > 0 or not self.spread > 0:
-            raise ValueError(f"measurement: noise and spread must be positive, got {self.noise:g} and {self.spread:g}")
+        if not self.noise > 0 or (self.spread is not None and not self.spread > 0):
+            raise ValueError(f"measurement: noise and spread must be positive, got {self.noise} and {self.spread}")
 
     def residual(self, x: Tensor) -> Tensor:
         """A(x) - y, (B, ...).
@@ -56,19 +61,54 @@ class Measurement:
         """|A(x) - y|^2 / (2 noise^2), (B,): what noise optimisation makes small (D-Flow, 2402.14017)."""
         return self.residual(x).square().flatten(1).sum(dim=1) / (2 * self.noise**2)
 
-    def log_likelihood(self, flow: Flow, condition: ConditionLike = None) -> Callable[[Tensor, Tensor], Tensor]:
-        """log p(y | x_t) from the flow's denoised estimate, for `ClassifierGuidance`: exact for Gaussian data and A A^T = 1.
 
-        The estimate, decoded where the flow has a codec, is as sure as that of Gaussian data of this spread would be.
-        """
+@dataclass(frozen=True)
+class MeasurementGuidance:
+    """Guides a velocity by the likelihood of each denoised estimate: a field transform, on affine paths from Gaussian noise.
 
-        def log_prob(x: Tensor, t: Tensor) -> Tensor:
-            at = flow.path.at(t, x)
-            left = (self.spread * at.sigma) ** 2 / ((self.spread * at.alpha) ** 2 + at.sigma**2)
-            misses = self.residual(flow.decode(flow.denoise(x, t, condition))).square().flatten(1).sum(dim=1)
-            return -misses / (2 * (self.noise**2 + left.reshape(-1)))
+    The score gains -J^T A^T r / (noise^2 + v), with J the denoiser's Jacobian, r what A makes of its estimate less y
+    (diffusion posterior sampling, Chung et al. 2209.14687), and v how unsure A of the estimate is (Song et al., ICLR 2023).
+    v is measured along r from the denoiser's own covariance sigma^2 / alpha J, at no further evaluation: the first step of
+    the conjugate gradients of Rozet et al. (2405.13712). Exact for Gaussian data of one variance and A A^T = 1.
 
-        return log_prob
+    Attributes:
+        flow: whose denoised estimates; decoded, where it has a codec.
+        measurement: what is known.
+        scale: strength; 1 is the likelihood's own.
+        twice: let gradients through the sampler pass through the Jacobian, see `ClassifierGuidance`.
+    """
+
+    flow: Flow
+    measurement: Measurement
+    scale: float = 1.0
+    twice: bool = True
+
+    def __call__(
+        self, field: ConditionedField, x: Tensor, t: Tensor, condition: Condition | None, step: int | None
+    ) -> Tensor:
+        """The guided velocity; one evaluation of the field and one product with its Jacobian."""
+        through = x.requires_grad and torch.is_grad_enabled()
+        twice = self.twice and through
+        c = self.flow.path.at(t, x)
+        with torch.enable_grad():
+            seen = x if through else x.detach().requires_grad_(True)
+            velocity = field(seen, t, condition)
+            data = Velocity().ends(self.flow.path, seen, t, velocity).data
+            residual = self.measurement.residual(self.flow.decode(data))
+            back = partial(torch.autograd.grad, retain_graph=True, create_graph=twice)
+            kept = residual if twice else residual.detach()
+            (outward,) = back(residual, data, kept)  # A^T r
+            (slope,) = back(data, seen, outward)  # J^T A^T r
+        along = _dot(outward, slope) / _dot(kept, kept).clamp_min(1e-20)
+        variance = per_row(along, x) * c.sigma**2 / c.alpha.clamp_min(1e-3)
+        if self.measurement.spread is not None:
+            variance = (self.measurement.spread * c.sigma) ** 2
+            variance = variance / ((self.measurement.spread * c.alpha) ** 2 + c.sigma**2)
+        # A covariance is not negative; where a network's is, it knows nothing of this direction yet.
+        weight = torch.where(variance < 0, 0.0, 1 / (self.measurement.noise**2 + variance.clamp_min(0)))
+        share = c.alpha_dot * c.sigma**2 / c.alpha.clamp_min(1e-3) - c.sigma_dot * c.sigma
+        guided = velocity - self.scale * share * weight * slope
+        return guided if through else guided.detach()
 
 
 def posterior_sample(
@@ -77,26 +117,31 @@ def posterior_sample(
     count: int | None = None,
     *,
     x0: Tensor | None = None,
-    condition: ConditionLike = None,
     scale: float = 1.0,
     **options: Any,
 ) -> Tensor:
-    """Samples that agree with a measurement, by guiding the ODE with the likelihood of each denoised estimate.
-
-    Two evaluations of the network and one gradient a slope (diffusion posterior sampling, Chung et al. 2209.14687, with the
-    variance of Song et al., ICLR 2023).
+    """Samples that agree with a measurement, by `MeasurementGuidance` of the ODE.
 
     Args:
         flow: on an affine path, with a Gaussian source.
         measurement: of the data, as they are decoded.
-        count, x0, condition, options: as of `Flow.sample`.
+        count, x0, options: as of `Flow.sample`.
         scale: strength; 1 is the likelihood's own.
 
     Returns:
         (B, *shape), or the codec's output shape.
+
+    Raises:
+        ValueError: the flow has another path or source.
     """
-    guide = ClassifierGuidance(measurement.log_likelihood(flow, condition), flow.path, scale)
-    return flow.sample(count, x0=x0, condition=condition, transforms=[guide], **options)
+    flow.require_score()
+    if not isinstance(flow.path, AffinePath):
+        raise ValueError("posterior: an affine path is needed")
+    return flow.sample(count, x0=x0, transforms=[MeasurementGuidance(flow, measurement, scale)], **options)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(dim=1)
 
 
 @dataclass(frozen=True)
