@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pantarhei.data import SERIES, double_well, kolmogorov_flow, read_series, series_pairs, split_series
+from pantarhei.data import SERIES, double_well, kolmogorov_flow, read_series, series_pairs, split_series, velocity_of
 from pantarhei.files import write_tensors
 
 CALM = {"viscosity": 0.0, "drag": 0.0, "forcing": 0.0, "noise": 0.0, "burn_in": 0.0, "dtype": torch.float64}
@@ -318,3 +318,13 @@ def test_series_that_cannot_be_paired_or_split_are_refused():
         split_series(series[:1])
     with pytest.raises(ValueError, match="held_out is 1"):
         split_series(series, 1.0)
+
+
+def test_velocities_have_the_vorticity_and_no_divergence():
+    w = kolmogorov_flow(2, 3, size=16, burn_in=1.0, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u = velocity_of(w)
+    assert u.shape == (2, 3, 2, 16, 16)
+    k = 1j * torch.fft.fftfreq(16, 1 / 16, dtype=torch.float64)
+    along_x, along_y = (torch.fft.ifft2(torch.fft.fft2(u) * wave).real for wave in (k, k[:, None]))
+    assert torch.allclose(along_x[:, :, 0], -along_y[:, :, 1], atol=1e-10)
+    assert torch.allclose(along_x[:, :, 1] - along_y[:, :, 0], w[:, :, 0], atol=1e-10)

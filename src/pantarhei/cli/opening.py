@@ -18,8 +18,7 @@ from pantarhei.images import open_images
 from pantarhei.interop import load
 from pantarhei.recipes.data import Recipe
 from pantarhei.recipes.registry import recipe_in
-from pantarhei.report import save_image_grid
-from pantarhei.report.figures import scatter_2d
+from pantarhei.report import save_image_grid, scatter_2d, vector_fields
 from pantarhei.training import Run
 from pantarhei.training.runs import CONFIG
 
@@ -172,8 +171,10 @@ def with_null_labels(flow: Flow, given: dict[str, Tensor], count: int) -> dict[s
 
 
 def save_picture(x: Tensor, path: Path, title: str) -> None:
-    """A grid of images or a scatter of points; nothing where neither shows anything."""
+    """A grid of images, arrows of plane vector fields or a scatter of points; nothing where none shows anything."""
     if x.ndim == 4 and x.shape[1] in (1, 3, 4):
         save_image_grid(x[:256], path)
+    elif x.ndim == 4 and x.shape[1] == 2:
+        vector_fields({title: x}).savefig(path, dpi=110)
     elif x.ndim == 2 and x.shape[1] == 2:
         scatter_2d({title: x}).savefig(path, dpi=120)

@@ -2,7 +2,7 @@
 
 from pantarhei.data.pickles import load_weights, restricted_load
 from pantarhei.data.series import SERIES, read_series, series_pairs, split_series, split_trajectories
-from pantarhei.data.simulations import double_well, kolmogorov_flow
+from pantarhei.data.simulations import double_well, kolmogorov_flow, velocity_of
 from pantarhei.data.sources import DatasetSource, Source, Subset, TensorSource, as_source, read_points
 from pantarhei.data.splits import labels_of, split
 from pantarhei.data.toys import TOYS, toy_source
@@ -27,4 +27,5 @@ __all__ = [
     "split_series",
     "split_trajectories",
     "toy_source",
+    "velocity_of",
 ]

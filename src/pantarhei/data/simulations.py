@@ -161,6 +161,21 @@ def kolmogorov_flow(
     return torch.stack(saved, dim=1)[:, :, None]
 
 
+def velocity_of(vorticity: Tensor) -> Tensor:
+    """The velocity of a two-dimensional flow on the periodic square [0, 2 pi]^2, without divergence and of mean 0.
+
+    Args:
+        vorticity: (..., 1, size, size), as `kolmogorov_flow` gives it; waves beyond the 2/3 rule are cut off.
+
+    Returns:
+        (..., 2, size, size): along x (the last axis) and along y.
+    """
+    *rows, _, size, _ = vorticity.shape
+    fluid = _Fluid(size, 0.0, 0.0, vorticity.device)
+    waves = fluid.enter(vorticity.reshape(-1, 1, size, size), math.prod(rows))
+    return fluid.velocity(waves).to(vorticity.dtype).reshape(*rows, 2, size, size)
+
+
 class _Fluid:
     """Right-hand side and time step of `kolmogorov_flow`, on Fourier coefficients (B, size, size // 2 + 1)."""
 

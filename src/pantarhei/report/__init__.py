@@ -12,6 +12,7 @@ from pantarhei.report.formatting import format_cell, format_interval, format_num
 from pantarhei.report.page import Page
 from pantarhei.report.pictures import image_grid, save_image_grid
 from pantarhei.report.tables import Table
+from pantarhei.report.vector_fields import vector_fields
 
 __all__ = [
     "Page",
@@ -27,4 +28,5 @@ __all__ = [
     "scatter_2d",
     "trajectories_2d",
     "trajectory_strip",
+    "vector_fields",
 ]
