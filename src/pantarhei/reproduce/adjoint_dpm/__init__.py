@@ -188,7 +188,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(
         "images",
         DIGITS
-        + "16 held-out digits (no label is told) without the 4 x 4 pixels in their middle, with 30 % of their pixels, "
+        + "16 held-out digits, of no label, without the 4 x 4 pixels in their middle, with 30 % of their pixels, "
         "and blurred by 1 pixel, each with noise of 0.05; 16 posterior samples of each, 40 steps of Heun. Linear: the best "
         "estimate by the data's mean and covariance. " + SPREAD,
         measurements.images,
@@ -212,7 +212,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             ),
         ),
         pictures={
-            "images.png": "Held-out digits; of the box, the mask and the blur: what is measured, one sample, mean of 16 (seed 0)."
+            "images.png": "Held-out digits; of box, mask and blur: what is measured, one sample, mean of 16 (seed 0)."
         },
     ),
     Experiment(
