@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import pantarhei as pr
 from pantarhei.cli.main import main
+from pantarhei.data import kolmogorov_flow, velocity_of
 from pantarhei.flow import differentiable_sample
 from pantarhei.recipes.sample_metrics import classified_as, clip_similarity, function_of, like_example
 
@@ -110,6 +112,20 @@ def test_posterior(plain, folder, tmp_path, operator, way):
     assert found["x"].shape == found["truth"].shape == (3, 1, 8, 8)
     assert bool(found["x"].isfinite().all())
     assert (tmp_path / "x.png").is_file()
+
+
+def test_a_vector_field_from_sensors(tmp_path):
+    velocity = velocity_of(kolmogorov_flow(12, 2, size=8, wave_number=2, burn_in=1.0)).flatten(0, 1)
+    np.save(tmp_path / "fields.npy", velocity.numpy())
+    sizes = ["--width", "8", "--blocks", "1", "--iterations", 5]
+    data = ["--data", tmp_path / "fields.npy"]
+    assert run("train", "rectified-flow", *data, "--out", tmp_path / "run", *sizes, *QUIET) == 0
+    options = ["--operator", "sensors:9", "--input", tmp_path / "fields.npy", "--steps", 3, "--count", 2]
+    assert run("optimize", "posterior", tmp_path / "run", *options, "--out", tmp_path / "field") == 0
+    found = load_file(tmp_path / "field/posterior.safetensors")
+    assert found["measured"].shape == (2, 2, 9)
+    assert torch.equal(found["truth"], velocity[:2])
+    assert all((tmp_path / "field" / name).is_file() for name in ("x.png", "truth.png"))
 
 
 def test_posterior_of_a_class(classes, tmp_path):

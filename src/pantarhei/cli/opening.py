@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pantarhei.data import Source
+from pantarhei.data import Source, read_points
 from pantarhei.files import read_tensors
 from pantarhei.flow import Flow, TrajectoryModel
 from pantarhei.flow.sources import Samples
@@ -82,7 +82,7 @@ def read_input(
     """Items to start from, and their conditions where the file has them; as many as asked for.
 
     Args:
-        path: images in a folder, zip or file, or a `.safetensors` file.
+        path: images in a folder, zip or file, a `.safetensors` file, or an array in a `.npy` file.
         flow: what they are for.
         count: at most so many.
         keys: names of the tensor in a `.safetensors` file, the first one there is taken.
@@ -102,6 +102,10 @@ def read_input(
         if key is None:
             raise ValueError(f"--input: {path} holds {', '.join(found)}; expected {' or '.join(keys)}")
         x = found[key]
+    elif path.suffix == ".npy":
+        items = read_points(path)
+        found = items.fetch(torch.arange(min(count, len(items))))
+        x = found["x1"]
     else:
         if keys[0] == "x0" and getattr(flow.source, "gaussian", False):
             raise ValueError("--input: this flow starts from noise, not from images; give a .safetensors file with x0")

@@ -95,7 +95,7 @@ class Measuring:
             log of its chance of --target), or clip:FOLDER (one minus the similarity to --text).
         target: of classifier:RUN, the label.
         text: of clip:FOLDER, the prompt.
-        example: images (a folder, zip or file, or .safetensors with x) to be like, instead of a metric.
+        example: images (a folder, zip or file), or .safetensors with x, or .npy, to be like, instead of a metric.
     """
 
     metric: str = ""
@@ -367,7 +367,7 @@ def optimize_posterior(
         out: folder to write into.
         operator: mask:SHARE (that share of the pixels is known), box:SIDE (all but a square in the middle), blur:WIDTH,
             sensors:NUMBER, or FILE.py:function.
-        input: what is measured: images (a folder, zip or file) or .safetensors with x; held-out data by default.
+        input: what is measured: images (a folder, zip or file), .safetensors with x, or .npy; held-out data by default.
         noise: standard deviation of the noise.
         spread: of guidance, the standard deviation of data that are Gaussian noise; measured from the network by default.
         way: guidance (diffusion posterior sampling) or noise (D-Flow).
