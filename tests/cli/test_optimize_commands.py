@@ -114,6 +114,21 @@ def test_posterior(plain, folder, tmp_path, operator, way):
     assert (tmp_path / "x.png").is_file()
 
 
+@pytest.mark.parametrize("way", ["guidance", "noise"])
+def test_items_do_not_depend_on_their_batch(plain, tmp_path, way):
+    found = []
+    for batch in (2, 5):
+        options = ["--operator", "mask:0.3", "--way", way, "--iterations", 2, "--steps", 3, "--count", 5]
+        assert run("optimize", "posterior", plain, *options, "--batch", batch, "--out", tmp_path / str(batch)) == 0
+        found.append(load_file(tmp_path / str(batch) / "posterior.safetensors"))
+    assert torch.allclose(found[0]["x"], found[1]["x"], atol=1e-4)
+    images = ["--example", tmp_path / "5/posterior.safetensors", *SHORT]
+    for batch in (2, 6):
+        assert run("optimize", "noise", plain, *images, "--batch", batch, "--out", tmp_path / f"e{batch}") == 0
+    after = [load_file(tmp_path / f"e{batch}/optimized.safetensors")["after"] for batch in (2, 6)]
+    assert torch.allclose(*after, atol=1e-3)
+
+
 def test_a_vector_field_from_sensors(tmp_path):
     velocity = velocity_of(kolmogorov_flow(12, 2, size=8, wave_number=2, burn_in=1.0)).flatten(0, 1)
     np.save(tmp_path / "fields.npy", velocity.numpy())

@@ -33,6 +33,7 @@ from pantarhei.recipes.evaluation import make_reference
 from pantarhei.recipes.optimization import (
     Found,
     Metric,
+    OfRows,
     Search,
     audit,
     class_row,
@@ -392,14 +393,21 @@ def optimize_posterior(
     value = clean + noise * torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=clean.device)
     measurement = Measurement(measure, value, noise, spread)
     x0 = drawing.noise(flow, len(truth), condition)
-    search = replace(searching, batch=len(truth)).search(flow)  # the measurements of all rows are one tensor
+    search = searching.search(flow)
     if way == "guidance":
         method = "heun" if searching.method == "auto" and isinstance(flow, TrajectoryModel) else searching.method
         sampler = {**{name: search.sampling[name] for name in ("steps", "guidance")}, "method": method}
-        x = posterior_sample(flow, measurement, x0=x0, condition=condition, scale=scale, **sampler)
+        parts = []
+        with Progress(len(truth), "guiding samples", "samples") as bar:
+            for rows in torch.arange(len(truth), device=flow.device).split(searching.batch):
+                given = {name: value[rows] for name, value in (condition or {}).items()} or None
+                part = measurement.index(rows)
+                parts.append(posterior_sample(flow, part, x0=x0[rows], condition=given, scale=scale, **sampler))
+                bar.update(int(rows[-1]) + 1)
+        x = torch.cat(parts)
     else:
-        given = (flow, measurement.mismatch, x0)
-        x = with_bar("searching noise", search, optimize_noise, *given, condition=condition).after
+        mismatch = OfRows(lambda x, rows: measurement.index(rows).mismatch(x))
+        x = with_bar("searching noise", search, optimize_noise, flow, mismatch, x0, condition=condition).after
     misses = float(measurement.residual(x).square().mean().sqrt())
     error = float((x - truth).square().mean().sqrt())
     tensors = {"truth": truth, "measured": value, "x": x, "x0": x0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,10 @@ class Measurement:
     def __post_init__(self) -> None:
         if not self.noise > 0 or (self.spread is not None and not self.spread > 0):
             raise ValueError(f"measurement: noise and spread must be positive, got {self.noise} and {self.spread}")
+
+    def index(self, rows: Tensor) -> Measurement:
+        """That of some rows."""
+        return self if len(self.value) == 1 else replace(self, value=self.value[rows.to(self.value.device)])
 
     def residual(self, x: Tensor) -> Tensor:
         """A(x) - y, (B, ...).

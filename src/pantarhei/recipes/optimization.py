@@ -24,6 +24,17 @@ Watch = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
+class OfRows:
+    """A metric that depends on which samples it sees: `function(samples, rows)`, with their numbers (B,)."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        """That of the first samples."""
+        return self.function(samples, torch.arange(len(samples), device=samples.device))
+
+
+@dataclass(frozen=True)
 class Search:
     """How something is optimised.
 
@@ -103,21 +114,6 @@ def optimize_noise(
         ValueError: settings out of range.
         FloatingPointError: a metric that is not finite.
     """
-    return _search_noise(flow, lambda x, rows: metric(x), x0, condition, search, keep, bound, steps_by, watch)
-
-
-def _search_noise(
-    flow: Flow,
-    metric: Callable[[Tensor, Tensor], Tensor],
-    x0: Tensor,
-    condition: Any,
-    search: Search,
-    keep: str,
-    bound: float | None,
-    steps_by: str,
-    watch: Watch | None,
-) -> Found:
-    """As `optimize_noise`, with a metric that is told which rows it sees."""
     if bound is not None and not bound > 0:
         raise ValueError(f"bound: must be positive, got {bound:g}")
     start = x0.detach()
@@ -135,7 +131,7 @@ def _search_noise(
             samples = differentiable_sample(
                 flow, value[part], condition=None if named is None else named.index(part), **search.sampling
             )
-            values = _finite(metric(samples, part), len(part))
+            values = _finite(_of(metric, samples, part), len(part))
             found.append(values.detach())
             if iteration == 0:
                 before.append(samples.detach())
@@ -359,7 +355,8 @@ def audit(
     correct, first = right(x0)
     if not bool(correct.any()):
         raise ValueError("classifier: it has none of the samples right to begin with; there is nothing to fool")
-    found = _search_noise(flow, confidence, x0, condition, search, "free", bound, "normalised", watch)
+    how: dict[str, Any] = {"keep": "free", "bound": bound, "steps_by": "normalised", "watch": watch}
+    found = optimize_noise(flow, OfRows(confidence), x0, condition=condition, search=search, **how)
     still, images = right(found.value)
     generator = torch.Generator(x0.device).manual_seed(mix(seed, 72))
     moved = (2 * torch.rand(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device) - 1) * bound
@@ -398,6 +395,10 @@ def rounded(x: Tensor) -> Tensor:
 def _rows(flow: Flow, condition: Any, rows: int) -> Condition | None:
     named = as_condition(condition, flow.null, rows)
     return None if named is None else named.to(flow.device)
+
+
+def _of(metric: Metric, samples: Tensor, rows: Tensor) -> Tensor:
+    return metric.function(samples, rows) if isinstance(metric, OfRows) else metric(samples)
 
 
 def _finite(values: Tensor, rows: int) -> Tensor:
@@ -453,7 +454,7 @@ def _accumulated(
         samples = differentiable_sample(
             flow, x0[part], condition=condition(part), parameters=parameters, **search.sampling
         )
-        share = _finite(metric(samples), len(part)).sum() / len(x0)
+        share = _finite(_of(metric, samples, part), len(part)).sum() / len(x0)
         total += float(share.detach())
         if not last:
             _leave(search.scale * share, unknowns)

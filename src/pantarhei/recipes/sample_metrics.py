@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pantarhei.metrics import ClassifierFeatures
-
-Measure = Callable[[Tensor], Tensor]
+from pantarhei.recipes.optimization import Metric, OfRows
 
 
 def function_of(text: str) -> Callable[..., Any]:
@@ -42,7 +41,7 @@ def function_of(text: str) -> Callable[..., Any]:
     return found
 
 
-def classified_as(classifier: ClassifierFeatures, label: int) -> Measure:
+def classified_as(classifier: ClassifierFeatures, label: int) -> Metric:
     """-log of the chance that a classifier gives images of a label.
 
     Raises:
@@ -59,17 +58,17 @@ def classified_as(classifier: ClassifierFeatures, label: int) -> Measure:
     return measure
 
 
-def like_example(example: Tensor) -> Measure:
+def like_example(example: Tensor) -> OfRows:
     """Mean squared difference to examples (n, ...): sample i to example i, modulo their number."""
 
-    def measure(x: Tensor) -> Tensor:
-        wanted = example.to(x)[torch.arange(len(x), device=x.device) % len(example)]
+    def measure(x: Tensor, rows: Tensor) -> Tensor:
+        wanted = example.to(x)[rows.to(x.device) % len(example)]
         return (x - wanted).square().flatten(1).mean(dim=1)
 
-    return measure
+    return OfRows(measure)
 
 
-def clip_similarity(folder: str | Path, prompt: str) -> Measure:
+def clip_similarity(folder: str | Path, prompt: str) -> Metric:
     """1 - cosine similarity of images and a text by CLIP (Radford et al. 2103.00020), from a folder of transformers.
 
     Raises:
