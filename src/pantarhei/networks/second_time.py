@@ -18,12 +18,13 @@ from pantarhei.networks import build, spec_of
 from pantarhei.networks.adm import ADM
 from pantarhei.networks.diffusers_adapters import merge_peft
 from pantarhei.networks.diffusers_models import DiffusersNetwork
+from pantarhei.networks.dit_parts import TimeEmbedder
 from pantarhei.networks.edm_blocks import Block
 from pantarhei.networks.embeddings import TimeEmbedding
 from pantarhei.networks.lora import merge_lora
 from pantarhei.networks.mlp import MLP
 from pantarhei.networks.ncsnpp import NCSNpp
-from pantarhei.networks.sit import SiT, TimeEmbedder
+from pantarhei.networks.sit import SiT
 from pantarhei.networks.songunet import SongUNet
 from pantarhei.networks.unet import UNet
 

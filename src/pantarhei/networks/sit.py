@@ -7,7 +7,6 @@ latents of 4 channels and side 32 (256-pixel images) or 64 (512 pixels) and see 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,16 @@ from torch.nn import functional as F
 
 from pantarhei.naming import unknown
 from pantarhei.networks.attention import attend
+from pantarhei.networks.dit_parts import (
+    FinalLayer,
+    PatchEmbedder,
+    Perceptron,
+    TimeEmbedder,
+    initialise,
+    modulated,
+    positions,
+    unpatched,
+)
 from pantarhei.networks.embeddings import ClassEmbedding, check_second_time
 
 # Depth, width, heads of the published sizes.
@@ -27,7 +36,6 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "XL": (28, 1152, 16),
 }
 PATCHES = (2, 4, 8)
-SINUSOIDS = 256
 
 
 @dataclass(frozen=True)
@@ -100,30 +108,6 @@ class SiTConfig:
         return round(self.width * self.mlp)
 
 
-class PatchEmbedder(nn.Module):
-    """Each patch through one linear map: (B, C, H, W) to (B, tokens, width), row by row."""
-
-    def __init__(self, config: SiTConfig):
-        super().__init__()
-        self.proj = nn.Conv2d(config.channels, config.width, config.patch, stride=config.patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, tokens, width)."""
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class TimeEmbedder(nn.Module):
-    """Sinusoids of t as it is, in [0, 1], through a two-layer perceptron."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(SINUSOIDS, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor) -> Tensor:
-        """(B,) to (B, width)."""
-        return self.mlp(_sinusoids(t).to(next(self.mlp.parameters()).dtype))
-
-
 class LabelEmbedder(nn.Module):
     """One row a class, the last for no class."""
 
@@ -152,19 +136,6 @@ class Attention(nn.Module):
         return self.proj(attend(q, k, v).transpose(1, 2).reshape(b, tokens, width))
 
 
-class Perceptron(nn.Module):
-    """Linear, GELU (by tanh), linear."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, tokens, width) to the same."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class Block(nn.Module):
     """Attention, then a perceptron; the condition shifts and scales the norm before each, and gates what each adds."""
 
@@ -178,23 +149,8 @@ class Block(nn.Module):
         """(B, tokens, width) to the same; `activated` is SiLU of the condition, which is the same in every block."""
         modulation = self.adaLN_modulation[1](activated)[:, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = torch.addcmul(x, gate1, self.attn(_modulated(x, shift1, scale1)))
-        return torch.addcmul(x, gate2, self.mlp(_modulated(x, shift2, scale2)))
-
-
-class FinalLayer(nn.Module):
-    """A modulated norm and a linear map to the values of a patch."""
-
-    def __init__(self, config: SiTConfig):
-        super().__init__()
-        values = config.patch**2 * config.channels * (2 if config.learn_sigma else 1)
-        self.linear = nn.Linear(config.width, values)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
-
-    def forward(self, x: Tensor, activated: Tensor) -> Tensor:
-        """(B, tokens, width) to (B, tokens, values)."""
-        shift, scale = self.adaLN_modulation[1](activated)[:, None].chunk(2, dim=-1)
-        return self.linear(_modulated(x, shift, scale))
+        x = torch.addcmul(x, gate1, self.attn(modulated(x, shift1, scale1)))
+        return torch.addcmul(x, gate2, self.mlp(modulated(x, shift2, scale2)))
 
 
 class SiT(nn.Module):
@@ -210,14 +166,18 @@ class SiT(nn.Module):
     def __init__(self, config: SiTConfig):
         super().__init__()
         self.config = config
-        self.register_buffer("pos_embed", _positions(config.side, config.width))
-        self.x_embedder = PatchEmbedder(config)
+        table = positions(config.side, config.width)[None]
+        self.register_buffer("pos_embed", table.to(torch.get_default_dtype()))
+        self.x_embedder = PatchEmbedder(config.channels, config.width, config.patch)
         self.t_embedder = TimeEmbedder(config.width)
         self.s_embedder = TimeEmbedder(config.width) if config.second_time else None
         self.y_embedder = LabelEmbedder(config.classes, config.width) if config.classes else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.final_layer = FinalLayer(config)
-        self._initialise()
+        values = config.patch**2 * config.channels * (2 if config.learn_sigma else 1)
+        self.final_layer = FinalLayer(config.width, values)
+        initialise(self, ("adaLN_modulation", "final_layer.linear"))
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, s: Tensor | None = None) -> Tensor:
         """The network's output at (x, t) or (x, t, s) under its condition.
@@ -243,46 +203,5 @@ class SiT(nn.Module):
         h = self.x_embedder(x) + self.pos_embed
         for block in self.blocks:
             h = block(h, activated)
-        # The values of a patch are ordered row, column, channel.
-        side, patch = config.side, config.patch
-        patches = self.final_layer(h, activated).reshape(x.shape[0], side, side, patch, patch, -1)
-        return patches[..., : config.channels].permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
-
-    def _initialise(self) -> None:
-        """As DiT: linear maps by Glorot's rule, embeddings by narrow normals, modulations and the output at zero."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: a patch is one row of inputs
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
-        for embedder in (self.t_embedder, self.s_embedder):
-            for layer in () if embedder is None else (embedder.mlp[0], embedder.mlp[2]):
-                nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
-        if self.y_embedder is not None:
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for name, parameter in self.named_parameters():
-            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
-                nn.init.zeros_(parameter)
-
-
-def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
-
-
-def _sinusoids(t: Tensor) -> Tensor:
-    """Cosines, then sines, of t at 128 frequencies from 1 down to nearly 1e-4; at least single precision."""
-    t = t.to(torch.promote_types(t.dtype, torch.float32))
-    half = SINUSOIDS // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(10_000) / half))
-    angles = t[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def _positions(side: int, width: int) -> Tensor:
-    """Fixed sinusoids of the column (first half), then the row, of each token: (1, side^2, width)."""
-    quarter = width // 4
-    frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
-    along = torch.cat([angles.sin(), angles.cos()], dim=1)
-    table = torch.cat([along.repeat(side, 1), along.repeat_interleave(side, dim=0)], dim=1)
-    return table[None].to(torch.get_default_dtype())
+        patches = self.final_layer(h, activated)
+        return unpatched(patches, config.side, config.side, config.patch)[:, : config.channels]
