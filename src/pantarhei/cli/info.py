@@ -89,7 +89,7 @@ def list_names() -> int:
         ("methods", ", ".join([*METHODS, *PATH_METHODS])),
         ("stochastic methods", ", ".join(SDE_METHODS)),
         ("forms of epsilon", ", ".join(get_args(NoiseForm))),
-        ("grids", ", ".join([*WARPS, "logsnr", "karras", "edm"])),
+        ("grids", ", ".join([*WARPS, "logsnr", "karras", "edm", "reference"])),
     ]
     print(Table(("kind", "names"), rows).text())
     print()

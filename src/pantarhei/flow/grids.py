@@ -12,8 +12,9 @@ import torch
 from pantarhei.flow.paths import AffinePath, Numbered
 from pantarhei.flow.times import shift_time
 
-GridName = Literal["uniform", "quadratic", "cosine", "logsnr", "karras", "edm"]
+GridName = Literal["uniform", "quadratic", "cosine", "logsnr", "karras", "edm", "reference"]
 Grid = tuple[float, ...]
+SD3_LEVELS = 1000  # of its table
 EDM_LEVELS = (0.002, 80.0)  # its least and its largest sigma / alpha (Karras et al. 2206.00364)
 # Plain functions of floats, so that a compiled sampler sees constants.
 WARPS: dict[str, Callable[[float], float]] = {
@@ -40,8 +41,9 @@ def make_grid(
         kind: "uniform" (on a numbered path its whole numbers, "trailing": K - 1, K - 1 - K / steps, ..., and 0 at the
             end); "quadratic" (denser at the source: u^2); "cosine" (denser at both ends); "logsnr" (equal steps
             of log(alpha/sigma)), "karras" (equal steps of (sigma/alpha)^(1/rho)) and "edm" (the same between EDM's noise
-            levels 80 and 0.002, whatever lies beyond them at the ends), which need a path; or any rising function of u in
-            [0, 1] onto [0, 1].
+            levels 80 and 0.002, whatever lies beyond them at the ends), which need a path; "reference", that of SD3's
+            published code: noise levels from the first to the last of 1000 shifted ones, shifted a second time, and 0; or
+            any rising function of u in [0, 1] onto [0, 1].
         shift: SD3's resolution shift, t -> t / (shift - (shift - 1) t), applied once, to i/steps; > 1 spends more steps
             near the noise.
         path: the path, for the kinds that need one; where it has a kink, the nearest node is put there.
@@ -63,8 +65,13 @@ def make_grid(
         times = [low + (high - low) * float(warp(i / steps)) for i in range(steps + 1)]
     elif kind in ("logsnr", "karras", "edm"):
         times = _by_noise_level(steps, interval, kind, path, rho)
+    elif kind == "reference":
+        last = 1 - shift_time(1 - 1 / SD3_LEVELS, shift)
+        times = [low + (high - low) * (1 - last) * i / max(steps - 1, 1) for i in range(steps)] + [high]
     else:
-        raise ValueError(f"grid: must be {', '.join(WARPS)}, logsnr, karras, edm or a function, got {kind!r}")
+        raise ValueError(
+            f"grid: must be {', '.join(WARPS)}, logsnr, karras, edm, reference or a function, got {kind!r}"
+        )
     if shift != 1.0:
         times = [min(max(shift_time(t, shift), low), high) for t in times]
     kink = getattr(path, "kink", None)
@@ -75,6 +82,25 @@ def make_grid(
     if any(b <= a for a, b in pairwise(grid)):
         raise ValueError("grid: times must rise strictly")
     return grid
+
+
+def shift_for(
+    tokens: int,
+    *,
+    few: tuple[int, float] = (256, 0.5),
+    many: tuple[int, float] = (4096, 1.15),
+    exponential: bool = True,
+) -> float:
+    """The resolution shift of an image of so many tokens: e^mu, mu linear in their number (Flux; dynamic in diffusers).
+
+    Args:
+        tokens: patches of the image.
+        few, many: two numbers of tokens, and mu there.
+        exponential: else mu itself is the shift.
+    """
+    (low, first), (high, last) = few, many
+    mu = first + (last - first) * (tokens - low) / (high - low)
+    return math.exp(mu) if exponential else mu
 
 
 def trailing(count: int, steps: int) -> list[int]:
