@@ -84,7 +84,7 @@ def fields(settings: Settings) -> dict[str, float]:
     found["speed_error_over_mean"] = _rms(speed(turned).mean(dim=1) - speed(truth)) / _rms(guess - speed(truth))
     if settings.pictures:
         rows = {"truth": truth, "one sample": drawn[:, 0], "mean of 16": drawn.mean(dim=1), "from speeds": turned[:, 0]}
-        vector_fields(rows, places=sensors.places, columns=6).savefig(settings.pictures / "fields.png", dpi=110)
+        vector_fields(rows, places=sensors.places, columns=6).savefig(settings.pictures / "fields.png", dpi=80)
     return found
 
 
