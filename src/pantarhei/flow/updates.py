@@ -227,7 +227,13 @@ class DPMSolver(_PathStep):
     With lambda = log(alpha / sigma), h its change and r = h_before / h,
     x' = (sigma' / sigma) x + (alpha' - sigma' alpha / sigma) (D + (D - D_before) / (2 r)).
     The first step and the last are of first order; grids even in lambda suit it best.
+
+    Attributes:
+        clock: "snr" is lambda; "noise" takes -log sigma in its place, as the published sampler of SD3 does: then a step from
+            pure noise is known to the next one.
     """
+
+    clock: Literal["snr", "noise"] = "snr"
 
     name = "dpm-solver"
     order = 2
@@ -261,6 +267,8 @@ class DPMSolver(_PathStep):
     def _level(self, t: Any) -> float:
         t = torch.tensor(float(t), dtype=torch.float64)
         alpha, sigma = float(self.path.alpha(t)), float(self.path.sigma(t))
+        if self.clock == "noise":
+            alpha = 1.0
         return -math.inf if alpha <= 0 else math.inf if sigma <= 0 else math.log(alpha / sigma)
 
 
@@ -301,7 +309,9 @@ class LastEuler:
         return hermite(theta, x, result.x, result.slopes[0], field(result.x, t + dt), dt)
 
 
-PathMethod = Literal["auto", "ddim", "edm", "reinterpolate", "reinterpolate-heun", "dpm-solver", "heun-euler"]
+PathMethod = Literal[
+    "auto", "ddim", "edm", "reinterpolate", "reinterpolate-heun", "dpm-solver", "dpm-solver-sd3", "heun-euler"
+]
 PATH_METHODS = get_args(PathMethod)
 
 
@@ -330,4 +340,6 @@ def path_step(method: str | Step, path: Any, end: float) -> Step:
         raise ValueError(f"method: {method} needs an affine path")
     if method in ("ddim", "edm"):
         return DDIM(path, end) if method == "ddim" else EDMHeun(path, end)
-    return DPMSolver(path, end) if method == "dpm-solver" else Reinterpolation(path, end, method.endswith("heun"))
+    if method.startswith("dpm-solver"):
+        return DPMSolver(path, end, "noise" if method == "dpm-solver-sd3" else "snr")
+    return Reinterpolation(path, end, method.endswith("heun"))

@@ -100,7 +100,8 @@ def positions(side: int, width: int, *, scale: float = 1.0, offset: float = 0.0)
     """
     quarter = width // 4
     frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = (torch.arange(side, dtype=torch.float64) / scale - offset)[:, None] * frequencies
+    places = torch.arange(side, dtype=torch.float32) / scale - offset  # single precision, as published tables have them
+    angles = places.double()[:, None] * frequencies
     along = torch.cat([angles.sin(), angles.cos()], dim=1)
     return torch.cat([along.repeat(side, 1), along.repeat_interleave(side, dim=0)], dim=1)
 
