@@ -5,6 +5,7 @@ import torch
 
 from pantarhei.flow import Flow, GaussianMixture, Reparameterisation, TrajectoryModel, differentiable_sample, keep_norm
 from pantarhei.flow.closed_form import MixtureField
+from pantarhei.flow.jumps import Move
 from pantarhei.flow.paths import EDM, VP, Cosine, Linear, build_path
 from pantarhei.networks import MLP, MLPConfig
 from pantarhei.solve import Adams
@@ -280,17 +281,63 @@ def test_a_trajectory_model_is_solved_where_a_method_is_named():
     ("options", "said"),
     [
         ({"variables": "flow"}, "variables: are another form"),
-        ({"through": "adjoint"}, "noise is drawn again by 'checkpoint'"),
+        ({"through": "adjoint"}, "jump is no Runge-Kutta method"),
+        ({"through": "reversible"}, "steps of jump go one way only"),
+        ({"start": 0.5}, "start: does not go with jumps"),
+        ({"moves": [Move(0.5, 0.2), Move(0.1, 0.1)]}, "moves: jumps lead towards the data"),
+        ({"moves": [Move(0.5, 0.7)]}, "each with back <= to"),
+        ({"epsilon": 0.2, "gamma": 0.5}, "gamma: does not go with the SDE"),
+        ({"truncate": 1}, "truncate: there is no gradient of x0 then"),
         ({"final": "denoise"}, "final, transforms"),
         ({"gamma": 0.5, "method": "heun"}, "gamma: goes with noise"),
     ],
 )
 def test_what_does_not_go_with_jumps(options, said):
     with pytest.raises(ValueError, match=said):
-        differentiable_sample(jumping(), normal(4, 2), condition=LABEL, **options)
+        differentiable_sample(jumping(), normal(4, 2).requires_grad_(), condition=LABEL, **options)
 
 
 def test_ways_with_equations_of_their_own_take_heun_where_auto_knows_the_path():
     flow = flow_of("vp", "noise")
     x = differentiable_sample(flow, normal(4, 2), condition=LABEL, steps=5, through="symplectic")
     assert torch.allclose(x, flow.sample(x0=normal(4, 2), condition=LABEL, steps=5, method="heun"), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options", [{"variables": "flow"}, {"through": "adjoint"}, {"method": "heun"}, {"epsilon": 0.1}]
+)
+def test_error_control_needs_a_method_that_has_it(options):
+    flow = flow_of("linear", "velocity")
+    with pytest.raises(ValueError, match="has no error control; give a number of steps"):
+        differentiable_sample(flow, normal(4, 2), condition=LABEL, steps=None, **options)
+
+
+def test_noise_that_is_given():
+    # The same draws in the sampler that has gradients and in the one that has not.
+    flow = flow_of("linear", "velocity")
+    draws = normal(6, 4, 2, seed=9)
+    options = {"epsilon": 0.3, "steps": 6, "condition": LABEL, "x0": normal(4, 2)}
+    plain = flow.sample(noise=lambda i, x: draws[i], **options)
+    x = differentiable_sample(flow, options.pop("x0"), noise=lambda i, x: draws[i], **options)
+    assert torch.allclose(x, plain, rtol=1e-12)
+    model = jumping()
+    options = {"gamma": 0.6, "steps": 4, "condition": LABEL, "x0": normal(4, 2)}
+    plain = model.sample(noise=lambda i, x: draws[i], **options)
+    x = differentiable_sample(model, options.pop("x0"), noise=lambda i, x: draws[i], **options)
+    assert torch.allclose(x, plain, rtol=1e-12)
+
+
+def test_the_last_steps_of_an_sde():
+    flow = flow_of("linear", "velocity")
+    how = {"condition": LABEL, "parameters": flow.network, "epsilon": 0.3, "steps": 6}
+    x = differentiable_sample(flow, normal(4, 2), generator=torch.Generator().manual_seed(1), truncate=2, **how)
+    grads = torch.autograd.grad(x.square().sum(), list(flow.network.parameters()), allow_unused=True)
+    assert sum(float(g.abs().sum()) for g in grads if g is not None) > 0
+
+
+def test_a_sample_that_nobody_goes_back_through_keeps_nothing():
+    flow, report = flow_of("linear", "velocity"), Report()
+    with torch.no_grad():
+        x = differentiable_sample(flow, normal(4, 2), condition=LABEL, steps=50, report=report)
+    assert (report.kept_bytes, report.backward) == (0, 0)
+    assert torch.allclose(x, flow.sample(x0=normal(4, 2), condition=LABEL, steps=50), rtol=1e-12)

@@ -217,3 +217,27 @@ def test_metrics_keep_their_own_gradients_and_have_to_be_differentiable():
     assert judge.weight.grad is None
     with pytest.raises(ValueError, match="metric: it does not depend differentiably"):
         optimize_noise(modes(), lambda x: (x > 0).float().sum(dim=1), noise(4, 2), search=Search(2, sampling=SAMPLING))
+
+
+def test_searches_in_half_precision():
+    flow = network_flow()
+    half = flow.like(copy.deepcopy(flow.network).half())
+    x0, small = noise(8, 2), lambda x: 1e-6 * right(x.float())
+    for keep, lr in (("norm", 0.1), ("free", 0.1)):
+        found = [
+            optimize_noise(f, small, x0.to(f.dtype), search=Search(8, lr, sampling=SAMPLING), keep=keep)
+            for f in (flow, half)
+        ]
+        assert found[1].value.dtype == torch.float16
+        assert float((found[0].value - found[1].value.float()).abs().max()) < 0.05
+    tuned = optimize_weights(half, small, x0.half(), search=Search(2, 1e-3, sampling=SAMPLING))
+    assert tuned.value.dtype == torch.float32
+    assert tuned.value.provenance.why_not_marginal() is not None
+
+
+def test_noise_on_the_way_is_the_same_at_each_update():
+    flow = network_flow()
+    search = Search(3, 0.1, sampling={**SAMPLING, "method": "auto", "epsilon": 0.3}, batch=3)
+    found = [optimize_noise(flow, right, noise(8, 2), search=search) for _ in range(2)]
+    assert torch.equal(found[0].after, found[1].after)
+    assert found[0].measure == pytest.approx(float(right(found[0].after).mean()), rel=1e-5)

@@ -143,13 +143,16 @@ def test_states_of_several_tensors_and_hooks():
             gradient(lambda x: x[0].sum(), field, state, method="rk4", steps=5, after_step=hook, through=through)
 
 
-def test_random_fields_are_repeated_or_refused():
+@pytest.mark.parametrize(
+    "method", ["heun", "bosh3", "dopri5", "tsit5"]
+)  # the last three remember a slope that was drawn
+def test_random_fields_are_repeated_or_refused(method):
     field = Field(dropout=0.3)
     torch.manual_seed(3)
-    plain = found(field, method="heun", steps=6, through="backprop")
+    plain = found(field, method=method, steps=6, through="backprop")
     for every in (1, 4):
         torch.manual_seed(3)
-        assert off(found(field, method="heun", steps=6, every=every, verify=True), plain) < 1e-13
+        assert off(found(field, method=method, steps=6, every=every, verify=True), plain) < 1e-13
     for through in ("symplectic", "adjoint"):
         with pytest.raises(ValueError, match="draws random numbers"):
             found(field, method="heun", steps=6, through=through)
@@ -428,3 +431,39 @@ def test_long_reversible_solves_say_where_they_end():
     x = X.float().requires_grad_()
     with pytest.warns(UserWarning, match="rounding grows to about 0.003"):
         differentiable(lambda x, t: -x, x, method="euler", steps=1010, through="reversible")
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-9])
+def test_small_gradients_pass_through_half_precision(size):
+    weights = normal(4, 4, seed=7).float().requires_grad_()
+
+    def run(half):
+        with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+            field = lambda x, t: torch.tanh(x @ weights)  # noqa: E731
+            end = differentiable(field, X.float(), method="euler", steps=8, parameters=[weights])
+        return torch.autograd.grad(size * (W.float() * end).sum(), weights)[0]
+
+    half, single = run(True), run(False)
+    assert 0 < float((half - single).norm() / single.norm()) < 0.01
+
+
+def test_an_amount_of_noise_that_is_learned():
+    amount = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    for diffusion in (amount, lambda t: amount * (1 + t)):
+        grads = []
+        for through in ("checkpoint", "backprop"):
+            step = solve.Stochastic(diffusion, noise=5)
+            end = differentiable(lambda x, t: -x, X, method=step, steps=6, parameters=[amount], through=through)
+            grads.append(torch.autograd.grad(loss(end), amount)[0])
+        assert float(grads[0]) == pytest.approx(float(grads[1]), rel=1e-12)
+        assert abs(float(grads[0])) > 0.1
+    step, x = solve.Stochastic(amount, noise=5), X.clone().requires_grad_()
+    end = loss(differentiable(lambda x, t: -x, x, method=step, steps=6))
+    with pytest.raises(ValueError, match="was not named"):
+        end.backward()
+
+
+@pytest.mark.parametrize("noise", [True, 1.5])
+def test_noise_is_a_whole_number_or_a_function(noise):
+    with pytest.raises(ValueError, match="noise: a whole number"):
+        solve.Stochastic(1.0, noise=noise)

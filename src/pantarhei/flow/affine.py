@@ -71,6 +71,11 @@ class AffinePath:
         values = (self.alpha(t), self.sigma(t), self.alpha_dot(t), self.sigma_dot(t))
         return Coefficients(*(per_row(v, like).to(like.dtype) for v in values))
 
+    def velocity_of_score(self, t: Tensor, like: Tensor) -> Tensor:
+        """What the velocity gains where the score gains 1: alpha' sigma^2 / alpha - sigma' sigma."""
+        c = self.at(t, like)
+        return c.alpha_dot * c.sigma**2 / c.alpha.clamp_min(1e-3) - c.sigma_dot * c.sigma
+
     def sample(self, x0: Tensor, x1: Tensor, z: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
         """The point `x_t` and the derivative `alpha' x1 + sigma' x0`; there is no latent noise, so `z` is not used."""
         c = self.at(t, x1)

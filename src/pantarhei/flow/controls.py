@@ -57,9 +57,8 @@ class ClassifierGuidance:
         self, field: ConditionedField, x: Tensor, t: Tensor, condition: Condition | None, step: int | None
     ) -> Tensor:
         """The guided velocity."""
-        c = self.path.at(t, x)
-        share = c.alpha_dot * c.sigma**2 / c.alpha.clamp_min(1e-3) - c.sigma_dot * c.sigma
-        return field(x, t, condition) + self.scale * share * slope_of(self.classifier, x, t, twice=self.twice)
+        share = self.scale * self.path.velocity_of_score(t, x)
+        return field(x, t, condition) + share * slope_of(self.classifier, x, t, twice=self.twice)
 
 
 def langevin(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from pantarhei.flow.conditions import as_condition
 from pantarhei.flow.estimates import Estimates
 from pantarhei.flow.updates import path_step
+from pantarhei.naming import unknown
 
 if TYPE_CHECKING:
     from pantarhei.flow.flow import Flow
@@ -38,6 +39,8 @@ def carried(
         condition, final, options: as in `Flow.sample`.
         stochastic: noise is drawn on the way: no step is left out then.
     """
+    if final not in get_args(Final):
+        raise ValueError(unknown("final", final, get_args(Final)))
     low, high = flow.interval
     noisy = flow.last_sigma > NOISE_LEFT
     if final == "auto":

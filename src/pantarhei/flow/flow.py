@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ from pantarhei.solve.state import per_row
 from pantarhei.solve.steps import Step
 
 ConditionLike = Condition | Mapping[str, Tensor] | Tensor | None
-# Below this noise level a state counts as clean: no denoising step is added at the end.
 
 
 class Codec(Protocol):
@@ -347,9 +346,7 @@ class Flow(nn.Module):
         named = as_condition(condition, self.null, x.shape[0])
         named = None if named is None else named.to(x.device)
         field, step = self.field(guidance, transforms), path_step(method, self.path, times[-1])
-        nodes = self.nodes(steps, times, grid, shift)
-        if nodes is None and not step.adaptive:
-            raise ValueError(f"steps: {step.name} has no error control; give a number of steps")
+        nodes = self.nodes(steps, times, grid, shift, step)
         if nodes is not None and (transforms or before_step is not None):
             before_step = field.number_steps(before_step)
         return ode(
@@ -367,14 +364,31 @@ class Flow(nn.Module):
             observe=observe,
         )
 
+    @overload
+    def nodes(
+        self, steps: int | Grid, times: Sequence[float], grid: Any = ..., shift: float = ..., step: Step | None = ...
+    ) -> Grid: ...
+
+    @overload
+    def nodes(
+        self, steps: None, times: Sequence[float], grid: Any = ..., shift: float = ..., step: Step | None = ...
+    ) -> None: ...
+
     def nodes(
         self,
         steps: int | Grid | None,
         times: Sequence[float],
         grid: GridName | Callable[[float], float] = "uniform",
         shift: float = 1.0,
-    ) -> Any:
-        """The grid of so many steps from the first to the last of some times, either way; a grid, or None, as it is."""
+        step: Step | None = None,
+    ) -> Grid | None:
+        """The grid of so many steps from the first to the last of some times, either way; a grid, or None, as it is.
+
+        Raises:
+            ValueError: None for a step without error control.
+        """
+        if steps is None and step is not None and not step.adaptive:
+            raise ValueError(f"steps: {step.name} has no error control; give a number of steps")
         if not isinstance(steps, int):
             return steps
         path = self.path.ends if isinstance(self.path, Interpolant) else self.path

@@ -15,7 +15,7 @@ from pantarhei.flow.endings import Final, carried
 from pantarhei.flow.estimates import Estimates
 from pantarhei.flow.flow import ConditionLike, Flow
 from pantarhei.flow.grids import Grid, GridName
-from pantarhei.flow.jumps import renoised
+from pantarhei.flow.jumps import Jumping
 from pantarhei.flow.modes import evaluation_mode
 from pantarhei.flow.noise_amounts import Epsilon
 from pantarhei.flow.reparameterisation import Reparameterisation, Variables
@@ -74,7 +74,7 @@ def differentiable_sample(
             is Heun's then). The continuous adjoint of a curved path wants "flow".
         steps: number of steps, a grid, or None for error control; "auto" is one jump of a trajectory model, else 30.
         generator: draws one number, which all noise on the way follows from; None draws from torch's own generator.
-        noisy: of `transport_sde` (cap, last, last_step), or of jumps (gamma, moves).
+        noisy: of `transport_sde` (cap, last, last_step, noise), or of jumps (gamma, moves, noise).
 
     Returns:
         (B, *shape), or the codec's output shape.
@@ -95,6 +95,13 @@ def differentiable_sample(
         raise ValueError("variables: are another form of the ODE; jumps and the SDE have none")
     if noisy and not jumps and epsilon is None:
         raise ValueError(f"{min(noisy)}: goes with noise on the way, epsilon= or a trajectory model's jumps")
+    left = set(noisy) - ({"gamma", "moves", "noise"} if jumps else {"cap", "last", "last_step", "noise"})
+    if left:
+        raise ValueError(f"{min(left)}: does not go with {'jumps' if jumps else 'the SDE'}")
+    if truncate is not None and x0.requires_grad:
+        raise ValueError("truncate: there is no gradient of x0 then; detach it")
+    if isinstance(epsilon, Tensor) and epsilon.requires_grad:
+        raise ValueError("epsilon: gradients do not reach the amount of noise; detach it")
     seed = None
     if generator is not None:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
@@ -142,30 +149,30 @@ class _Carrier:
         if self.epsilon is not None:
             return self._by_noise(x, times, how)
         self.flow.require_ode()
-        nodes: Any = self.flow.nodes(how["steps"], times, how["grid"], how["shift"])
         options = {**self.options, "condition": self._rows(how["condition"], x)}
         method, transforms = how["method"], how["transforms"]
+        grid = (how["steps"], times, how["grid"], how["shift"])
         if self.variables is None:
-            field = self.flow.field(how["guidance"], transforms)
-            if transforms and nodes is not None:
-                options["before_step"] = field.number_steps(None)
             step = path_step(method, self.flow.path, times[-1])
             if method == "auto" and self.through in RUNGE_KUTTA_WAYS and not isinstance(step, RungeKutta):
                 step = as_step("heun")  # "auto" knows the path here, and these ways do not
+            nodes, field = self.flow.nodes(*grid, step), self.flow.field(how["guidance"], transforms)
+            if transforms and nodes is not None:
+                options["before_step"] = field.number_steps(None)
             return differentiable(self._evaluating(field), x, times, method=step, steps=nodes, **options)
         if not isinstance(self.flow.path, AffinePath):
             raise ValueError("variables: another equation is known for affine paths only")
-        turned = Reparameterisation(self.variables, self.flow.path, self.flow.interval)
-        estimates = Estimates(self.flow, how["guidance"], transforms)
+        turned, step = Reparameterisation(self.variables, self.flow.path, self.flow.interval), _free(method)
+        nodes, estimates = self.flow.nodes(*grid, step), Estimates(self.flow, how["guidance"], transforms)
         if transforms and nodes is not None:
             options["before_step"] = estimates.field.number_steps(None)
-        clocks = turned.grid(nodes if nodes is not None else times)
+        clocks = turned.grid(times if nodes is None else nodes)
         y = differentiable(
             self._evaluating(turned.field(estimates)),
             turned.encode(x, times[0]),
             (clocks[0], clocks[-1]),
-            method=_free(method),
-            steps=clocks if nodes is not None else None,
+            method=step,
+            steps=None if nodes is None else clocks,
             **options,
         )
         return turned.decode(y, times[-1])
@@ -180,7 +187,9 @@ class _Carrier:
     ) -> Tensor:
         """From the first time to the last by a trajectory model's jumps; they are numbered where an equation has times."""
         model: Any = self.flow
-        moves, finish = model.moves(**{**self.noisy, **plan})
+        noisy = dict(self.noisy)
+        noise = noisy.pop("noise", self.seed)
+        moves, finish = model.moves(**noisy, **plan)
         here = (model.interval[0], *(move.back for move in moves))
 
         def land(x: Tensor, number: Tensor, named: Condition | None = None) -> Tensor:
@@ -189,17 +198,11 @@ class _Carrier:
             t, s = (torch.tensor(time, **wide) for time in (here[i], moves[i].to))
             return model.land(x, t, s, named, guidance, finish=finish and i + 1 == len(moves))
 
-        def move(field: Any, _: Any, x: Tensor, t: float, end: float, draw: Tensor) -> Tensor:
-            x, number = field(x, t), int(t)
-            return renoised(model.path, x, moves[number], draw) if moves[number].back < moves[number].to else x
-
-        renews = any(move.back < move.to for move in moves)
-        step = Stochastic(0.0, move, self.seed if renews else lambda t, x: x)
         return differentiable(
             self._evaluating(land),
             x,
             (0.0, float(len(moves))),
-            method=step,
+            method=Jumping(model.path, tuple(moves), noise),
             steps=len(moves),
             condition=self._rows(condition, x),
             **self.options,
@@ -211,9 +214,12 @@ class _Carrier:
         def solver(
             drift: Any, diffusion: Any, x: Tensor, times: Sequence[float], *, noise: Any, generator: Any, **given: Any
         ) -> Solution:
-            step = Stochastic(diffusion, given.pop("method"), self.seed)
+            drawn = self.seed if noise is None else _by_time(noise, given["steps"])
+            step = Stochastic(diffusion, given.pop("method"), drawn)
+            x = x if self.options["truncate"] is None else x.detach()  # a step before this one may have a graph
             end = differentiable(self._evaluating(drift), x, times, method=step, **given, **self.options)
-            return Solution(end, tuple(times), torch.stack([x, end]), 0, 0, len(given["steps"]) - 1, 0)
+            calls = self.options["report"].forward
+            return Solution(end, tuple(times), torch.stack([x, end]), calls, calls * len(x), len(given["steps"]) - 1, 0)
 
         chosen = {} if method == "auto" else {"method": method}
         ends = None if self.seed is None else torch.Generator(x.device).manual_seed(self.seed)
@@ -234,6 +240,12 @@ class _Carrier:
                 return field(x, t, *condition)
 
         return value
+
+
+def _by_time(noise: Any, nodes: Sequence[float]) -> Callable[[float, Tensor], Tensor]:
+    """Draws by the number of their step as a function of its time."""
+    numbers = {t: i for i, t in enumerate(nodes)}
+    return lambda t, x: noise(numbers[t], x) if callable(noise) else noise[numbers[t]]
 
 
 def _free(method: Any) -> Step:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pantarhei.flow.affine import AffinePath
+from pantarhei.solve.sde import draw_at
+from pantarhei.solve.state import CountedField, State
+from pantarhei.solve.steps import StepResult
 
 
 class Move(NamedTuple):
@@ -78,3 +82,45 @@ def renoised(path: AffinePath, x: Tensor, move: Move, noise: Tensor) -> Tensor:
         return level * noise  # back to pure noise
     deviation = math.sqrt(max((level / back) ** 2 - (sigma / alpha) ** 2, 0.0))
     return back / alpha * x + back * deviation * noise
+
+
+@dataclass(frozen=True)
+class Jumping:
+    """Moves as steps of `solve.differentiable`, which are numbered where an equation has times.
+
+    The field takes a state and the number of a move and gives where it lands.
+
+    Attributes:
+        path: an affine path.
+        moves: where each jump lands, and the noise after it.
+        noise: a number that all noise follows from; a function of a move's number and the state; or None for torch's own
+            generator.
+    """
+
+    path: AffinePath
+    moves: tuple[Move, ...]
+    noise: int | Callable[[int, Tensor], Tensor] | None = None
+
+    name = "jump"
+    order = 1
+    adaptive = False
+    one_way = True
+
+    def start(self, field: CountedField, x: State, t: Any, dt: Any, slope: State | None = None) -> None:
+        """Nothing is remembered."""
+
+    def __call__(self, field: CountedField, x: State, t: Any, dt: Any, memory: None) -> StepResult:
+        """One jump, and the noise after it."""
+        move, x = self.moves[int(t)], field(x, t)
+        if move.back < move.to:
+            draw = self.noise(int(t), x) if callable(self.noise) else draw_at(self.noise, float(t), x)
+            x = renoised(self.path, x, move, draw)
+        return StepResult(x, None, None, ())
+
+    def interpolate(self, theta: Any, x: State, result: StepResult, dt: Any, field: CountedField, t: Any) -> State:
+        """There is nothing between two moves.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("times: there is nothing between two jumps")

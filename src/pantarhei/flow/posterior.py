@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from pantarhei.flow.affine import AffinePath
 from pantarhei.flow.conditions import Condition
 from pantarhei.flow.flow import Flow
 from pantarhei.flow.predictions import Velocity
-from pantarhei.flow.transforms import ConditionedField
+from pantarhei.flow.transforms import ConditionedField, FieldTransform
 from pantarhei.solve.state import per_row
 
 # What is measured of data (B, *shape): any shape (B, ...), differentiable.
@@ -54,16 +54,27 @@ class Measurement:
             ValueError: what is measured of x has another shape than y.
         """
         found = self.operator(x)
+        if found.ndim < 1 or len(found) != len(x):
+            raise ValueError(
+                f"measurement: the operator gives {tuple(found.shape)} for {len(x)} samples; (B, ...) is needed"
+            )
         if found.shape[1:] != self.value.shape[1:]:
             raise ValueError(
                 f"measurement: the operator gives {tuple(found.shape[1:])} a row, but "
                 f"{tuple(self.value.shape[1:])} was measured"
             )
+        if len(self.value) not in (1, len(found)):
+            raise ValueError(f"measurement: {len(found)} samples, but {len(self.value)} rows were measured")
+        if x.requires_grad and torch.is_grad_enabled() and not found.requires_grad:
+            raise ValueError(
+                "measurement: the operator is not differentiable (a comparison, argmax, detach or NumPy in it?)"
+            )
         return found - self.value.to(found)
 
     def mismatch(self, x: Tensor) -> Tensor:
         """|A(x) - y|^2 / (2 noise^2), (B,): what noise optimisation makes small (D-Flow, 2402.14017)."""
-        return self.residual(x).square().flatten(1).sum(dim=1) / (2 * self.noise**2)
+        residual = self.residual(x)
+        return _dot(residual, residual) / (2 * self.noise**2)
 
 
 @dataclass(frozen=True)
@@ -110,8 +121,8 @@ class MeasurementGuidance:
             variance = variance / ((self.measurement.spread * c.alpha) ** 2 + c.sigma**2)
         # A covariance is not negative; where a network's is, it knows nothing of this direction yet.
         weight = torch.where(variance < 0, 0.0, 1 / (self.measurement.noise**2 + variance.clamp_min(0)))
-        share = c.alpha_dot * c.sigma**2 / c.alpha.clamp_min(1e-3) - c.sigma_dot * c.sigma
-        guided = velocity - self.scale * share * weight * slope
+        share = self.scale * self.flow.path.velocity_of_score(t, x)
+        guided = velocity - share * weight * slope
         return guided if through else guided.detach()
 
 
@@ -122,6 +133,7 @@ def posterior_sample(
     *,
     x0: Tensor | None = None,
     scale: float = 1.0,
+    transforms: Sequence[FieldTransform] = (),
     **options: Any,
 ) -> Tensor:
     """Samples that agree with a measurement, by `MeasurementGuidance` of the ODE.
@@ -129,7 +141,7 @@ def posterior_sample(
     Args:
         flow: on an affine path, with a Gaussian source.
         measurement: of the data, as they are decoded.
-        count, x0, options: as of `Flow.sample`.
+        count, x0, transforms, options: as of `Flow.sample`; by default as many as rows were measured.
         scale: strength; 1 is the likelihood's own.
 
     Returns:
@@ -141,11 +153,14 @@ def posterior_sample(
     flow.require_score()
     if not isinstance(flow.path, AffinePath):
         raise ValueError("posterior: an affine path is needed")
-    return flow.sample(count, x0=x0, transforms=[MeasurementGuidance(flow, measurement, scale)], **options)
+    if count is None and x0 is None:
+        count = len(measurement.value)
+    guide = MeasurementGuidance(flow, measurement, scale)
+    return flow.sample(count, x0=x0, transforms=[*transforms, guide], **options)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(dim=1)
+    return (a * b).reshape(len(a), -1).sum(dim=1)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-# Couplings that no coupling object has: of a flow from a file which does not say it, and of a sampler of a few steps.
+# Couplings that no coupling object has: of a flow from a file which does not say it, of a sampler of a few steps, and of one
+# whose weights were led to what somebody measures.
 NOT_STATED = "not stated in the file"
 DISTILLED = "distilled"
+TUNED = "tuned to a measure of its samples"
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,15 @@ class Provenance:
         """Why x0 given x_t is not the denoising noise of the data, or None where it is."""
         if self.rectified:
             return f"this flow was rectified {self.rectified}x: its noise and data are no longer independent"
+        if self.coupling == TUNED:
+            return f"this flow was {TUNED}: it is no denoiser of them"
         if self.coupling != "independent":
             return f"this flow was trained with the coupling {self.coupling!r}: its noise and data are not independent"
         return None
 
     def why_not_density(self) -> str | None:
         """Why the flow's density is not an estimate of the data's, or None where it is (any coupling keeps it)."""
-        return self.why_not_marginal() if self.rectified or self.coupling == NOT_STATED else None
+        return self.why_not_marginal() if self.rectified or self.coupling in (NOT_STATED, TUNED) else None
 
     def why_not_field(self) -> str | None:
         """Why the network is no velocity field at all times, or None where it is."""

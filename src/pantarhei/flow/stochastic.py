@@ -213,6 +213,8 @@ def _nodes(
     if len(times) != 2 or times[0] == times[1] or min(times) < low - 1e-6 or max(times) > high + 1e-6:
         raise ValueError(f"times: first and last time in [{low:g}, {high:g}] are needed, got {tuple(times)}")
     first, end = (float(t) for t in times)
+    if steps is None:
+        raise ValueError("steps: an SDE has no error control; give a number of steps")
     if not isinstance(steps, int):
         if last_step is not None:
             raise ValueError("last_step: goes with a number of steps; a whole grid contains its last step")

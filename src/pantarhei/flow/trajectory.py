@@ -198,10 +198,10 @@ class TrajectoryModel(Flow):
         Raises:
             ValueError: moves that do not lead on, or noise where noise and data are not independent.
         """
-        self._check(moves)
+        here = self.interval[0] if start is None else start
+        self._check(moves, here)
         named = as_condition(condition, self.null, x.shape[0])
         named = None if named is None else named.to(x.device)
-        here = self.interval[0] if start is None else start
         for number, move in enumerate(moves):
             if finish and number + 1 == len(moves):
                 t, s = (
@@ -221,9 +221,17 @@ class TrajectoryModel(Flow):
                 x = control(x, here, number)
         return x
 
-    def _check(self, moves: Sequence[Move]) -> None:
+    def _check(self, moves: Sequence[Move], here: float) -> None:
         if not moves or any(move.back > move.to for move in moves):
             raise ValueError("moves: at least one is needed, each with back <= to")
+        for move in moves:
+            if move.to < here - 1e-6 or move.to > self.interval[1] + 1e-6:
+                raise ValueError(
+                    f"moves: jumps lead towards the data, to {self.interval[1]:g} at most, got {move.to:g}"
+                )
+            if not self.head.anywhere and move.to < self.interval[1] - 1e-6:
+                raise ValueError(f"moves: a consistency model jumps to the end, {self.interval[1]:g}, only")
+            here = move.back
         if any(move.back < move.to for move in moves):
             reason = self.provenance.why_not_marginal()
             if reason is None and not getattr(self.source, "gaussian", False):
@@ -282,18 +290,23 @@ class TrajectoryModel(Flow):
         options.pop("epsilon", None)
         given = [name for name in ("guidance", "noise", "control") if name in options]
         how: dict[str, Any] = {name: options.pop(name) for name in given}
-        left = sorted(set(options) - {"steps", "gamma", "moves", "grid", "shift"})
-        if left:
-            raise ValueError(f"{left[0]}: jumps do not take it; methods of the ODE do, such as method='heun'")
-        x = self.first_sigma * self.draw(count, condition, generator, x0=x0)
         moves, how["finish"] = self.moves(**options)
+        x = self.first_sigma * self.draw(count, condition, generator, x0=x0)
         with evaluation_mode(self.network):
             x = self.jumps(x, moves, condition=condition, generator=generator, **how)
         return self.decode(x) if decode else x
 
     def moves(self, **options: Any) -> tuple[list[Move], bool]:
-        """The moves of samples, from the options of `plan`, and whether the last is to leave the path's last noise out."""
+        """The moves of samples, from the options of `plan`, and whether the last is to leave the path's last noise out.
+
+        Raises:
+            ValueError: an option that jumps do not take, or moves that do not lead on.
+        """
+        left = sorted(set(options) - {"steps", "gamma", "moves", "grid", "shift"})
+        if left:
+            raise ValueError(f"{left[0]}: jumps do not take it; methods of the ODE do, such as method='heun'")
         moves = self.plan(**options)
+        self._check(moves, self.interval[0])
         return moves, self.last_sigma > VISIBLE and moves[-1].to >= self.interval[1] - 1e-6
 
     def plan(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from pantarhei.data.seeds import mix
 from pantarhei.flow import Condition, Flow, differentiable_sample, keep_norm
 from pantarhei.flow.conditions import as_condition
+from pantarhei.flow.provenance import TUNED
 from pantarhei.images.pixels import from_uint8, to_uint8
 from pantarhei.networks.embeddings import ClassEmbedding
 from pantarhei.straighten.students import LowRank, train_low_rank
@@ -21,6 +22,7 @@ from pantarhei.straighten.students import LowRank, train_low_rank
 # Samples as they are decoded, (B, ...), to what is minimised: (B,), or 0-d for all of them together.
 Metric = Callable[[Tensor], Tensor]
 Watch = Callable[[int, float], None]
+HALF_SCALE = 4096.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Search:
         scale: multiplies the metric.
         sampling: options of `differentiable_sample`: steps, method, guidance, through, variables, truncate ...
         batch: rows sampled at a time.
+        seed: of noise that a sampler draws on its way, of an SDE or between jumps: the same at every update.
     """
 
     iterations: int = 30
@@ -53,6 +56,7 @@ class Search:
     scale: float = 1.0
     sampling: dict[str, Any] = field(default_factory=dict)
     batch: int = 64
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or not self.lr > 0 or self.batch < 1:
@@ -118,9 +122,9 @@ def optimize_noise(
         raise ValueError(f"bound: must be positive, got {bound:g}")
     start = x0.detach()
     named = _rows(flow, condition, len(x0))
-    value = start.clone().requires_grad_(True)
+    value = _wide(start).clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([value], lr=search.lr, weight_decay=search.weight_decay)
-    best, least = start.clone(), torch.full((len(x0),), torch.inf, device=x0.device)
+    best, least = value.detach().clone(), torch.full((len(x0),), torch.inf, device=x0.device)
     losses: list[float] = []
     before: list[Tensor] = []
     for iteration in range(search.iterations + 1):
@@ -128,15 +132,13 @@ def optimize_noise(
         rows = torch.arange(len(x0), device=x0.device)
         found = []
         for part in rows.split(search.batch):
-            samples = differentiable_sample(
-                flow, value[part], condition=None if named is None else named.index(part), **search.sampling
-            )
+            samples = _drawn(flow, value[part].to(x0.dtype), part, search, None if named is None else named.index(part))
             values = _finite(_of(metric, samples, part), len(part))
             found.append(values.detach())
             if iteration == 0:
                 before.append(samples.detach())
             if not last:
-                _leave(search.scale * values.sum(), [value])
+                _leave(flow, search.scale * values.sum(), [value])
         values = torch.cat(found).to(least.dtype)
         better = values < least
         best[better], least = value.detach()[better], torch.minimum(values, least)
@@ -150,11 +152,9 @@ def optimize_noise(
                     value.copy_(keep_norm(value, start))
                 if bound is not None:  # around the start, which is a tensor of its own
                     value.copy_(torch.minimum(torch.maximum(value, start - bound), start + bound))
-    after = [
-        _sampled(flow, best[part], None if named is None else named.index(part), search)
-        for part in rows.split(search.batch)
-    ]
-    return Found(best, torch.cat(before), torch.cat(after), tuple(losses), -1, float(least.mean()))
+    best = best.to(x0.dtype)
+    after = _all(flow, best, search, named)
+    return Found(best, torch.cat(before), after, tuple(losses), -1, float(least.mean()))
 
 
 def optimize_condition(
@@ -198,7 +198,7 @@ def optimize_condition(
     if not start.is_floating_point():
         raise ValueError(f"start: a floating-point row of '{name}' is needed, got {start.dtype}")
     dropped = {**flow.null, **(nulls or {})}
-    value = start.detach().clone().requires_grad_(True)
+    value = _wide(start.detach()).clone().requires_grad_(True)
     mask = torch.ones_like(start, dtype=torch.bool) if free is None else free.bool().expand_as(start)
     if not bool(mask.any()):
         raise ValueError("free: nothing may change")
@@ -206,7 +206,7 @@ def optimize_condition(
 
     def condition(row: Tensor, rows: int) -> Condition:
         beside = {key: v.expand(rows, *v.shape) for key, v in (others or {}).items()}
-        return Condition({name: row.expand(rows, *row.shape), **beside}, dropped)
+        return Condition({name: row.to(start.dtype).expand(rows, *row.shape), **beside}, dropped)
 
     def gradient(last: bool) -> float:
         return _accumulated(flow, metric, x0, search, lambda part: condition(value, len(part)), [value], last=last)
@@ -221,7 +221,7 @@ def optimize_condition(
         with torch.no_grad():
             value.copy_(torch.where(mask, value, start))  # weight decay, too, leaves the rest alone
 
-    best, losses, at = _searched(search, gradient, step, lambda: value.detach().clone(), watch)
+    best, losses, at = _searched(search, gradient, step, lambda: value.detach().to(start.dtype, copy=True), watch)
     after = _all(flow, x0, search, condition(best, len(x0)))
     return Found(best, before, after, losses, at, losses[at])
 
@@ -259,7 +259,10 @@ def optimize_weights(
         FloatingPointError: a metric that is not finite.
     """
     network = copy.deepcopy(flow.network).requires_grad_(True)
-    tuned = flow.like(network)
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in network.parameters()):
+        network = network.float()  # small updates vanish in half precision
+    notes = {**flow.provenance.notes, "tuned": f"{search.iterations} updates"}
+    tuned = flow.like(network, coupling=TUNED, notes=notes)
     if low_rank is not None:
         train_low_rank(network, low_rank)
     trained = {
@@ -273,10 +276,13 @@ def optimize_weights(
     generator = torch.Generator(x0.device).manual_seed(mix(seed, 71))
     named = _rows(flow, condition, len(x0))
 
+    updates = iter(range(search.iterations + 1))
+
     def gradient(last: bool) -> float:
-        noise = flow.source.draw(tuple(x0.shape), x0, named, generator)
+        anew = replace(search, seed=mix(seed, 74, next(updates)))
+        noise = flow.source.draw(tuple(x0.shape), x0.to(tuned.dtype), named, generator)
         rows: Callable[[Tensor], Condition | None] = lambda part: None if named is None else named.index(part)  # noqa: E731
-        return _accumulated(tuned, metric, noise, search, rows, list(trained.values()), trained, last=last)
+        return _accumulated(tuned, metric, noise, anew, rows, list(trained.values()), trained, last=last)
 
     def step() -> None:
         optimizer.step()
@@ -284,7 +290,7 @@ def optimize_weights(
 
     before = _all(flow, x0, search, named)
     _, losses, _ = _searched(search, gradient, step, lambda: None, watch)
-    after = _all(tuned, x0, search, named)
+    after = _all(tuned, x0.to(tuned.dtype), search, named)
     return Found(tuned, before, after, losses, search.iterations, losses[-1])
 
 
@@ -392,6 +398,11 @@ def rounded(x: Tensor) -> Tensor:
     return from_uint8(to_uint8(x)).to(x.dtype)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In single precision at least: what is optimised; small updates vanish below it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _rows(flow: Flow, condition: Any, rows: int) -> Condition | None:
     named = as_condition(condition, flow.null, rows)
     return None if named is None else named.to(flow.device)
@@ -451,21 +462,21 @@ def _accumulated(
     """The mean metric over all rows, some at a time; its gradient is left with what was optimised, but at the last time."""
     total = 0.0
     for part in torch.arange(len(x0), device=x0.device).split(search.batch):
-        samples = differentiable_sample(
-            flow, x0[part], condition=condition(part), parameters=parameters, **search.sampling
-        )
+        samples = _drawn(flow, x0[part], part, search, condition(part), parameters=parameters)
         share = _finite(_of(metric, samples, part), len(part)).sum() / len(x0)
         total += float(share.detach())
         if not last:
-            _leave(search.scale * share, unknowns)
+            _leave(flow, search.scale * share, unknowns)
     return total
 
 
-def _leave(loss: Tensor, unknowns: Sequence[Tensor]) -> None:
+def _leave(flow: Flow, loss: Tensor, unknowns: Sequence[Tensor]) -> None:
     """Add a loss's gradient to that of the unknowns, and to nobody else's: a metric has weights, too."""
-    grads = torch.autograd.grad(loss, unknowns, allow_unused=True)
+    factor = HALF_SCALE if flow.dtype == torch.float16 else 1.0  # small gradients vanish in such states
+    grads = torch.autograd.grad(factor * loss, unknowns, allow_unused=True)
     for unknown, grad in zip(unknowns, grads, strict=True):
         if grad is not None:
+            grad = grad if factor == 1.0 else grad / factor
             unknown.grad = grad if unknown.grad is None else unknown.grad + grad
 
 
@@ -499,14 +510,18 @@ def _searched(
     return best, tuple(losses), at
 
 
+def _drawn(flow: Flow, x0: Tensor, rows: Tensor, search: Search, condition: Condition | None, **options: Any) -> Tensor:
+    """Samples of some rows; noise on the way is the same each time."""
+    generator = torch.Generator().manual_seed(mix(search.seed, 73, int(rows[0])))
+    return differentiable_sample(flow, x0, condition=condition, generator=generator, **{**search.sampling, **options})
+
+
 @torch.no_grad()
-def _sampled(flow: Flow, x0: Tensor, condition: Condition | None, search: Search) -> Tensor:
-    kept = {key: option for key, option in search.sampling.items() if key != "truncate"}
-    return differentiable_sample(flow, x0, condition=condition, **kept)
-
-
 def _all(flow: Flow, x0: Tensor, search: Search, condition: Condition | None) -> Tensor:
     parts = torch.arange(len(x0), device=x0.device).split(search.batch)
     return torch.cat(
-        [_sampled(flow, x0[part], None if condition is None else condition.index(part), search) for part in parts]
+        [
+            _drawn(flow, x0[part], part, search, None if condition is None else condition.index(part), truncate=None)
+            for part in parts
+        ]
     )

@@ -194,4 +194,4 @@ def tableau_of(step: Step) -> Tableau:
         return step.starting.tableau
     if isinstance(step, RungeKutta):
         return step.tableau
-    raise ValueError(f"through: {step.name} is no Runge-Kutta method; take 'checkpoint', 'backprop' or 'reversible'")
+    raise ValueError(f"through: {step.name} is no Runge-Kutta method; take 'checkpoint' or 'backprop'")

@@ -35,7 +35,7 @@ class Checkpoint:
         every: how many steps lie between stored states; those between are found again, by one more solve.
         offload: keep the states in the host's memory.
         first: the step that the way back ends at.
-        random: whether the field may draw random numbers, which are then drawn again.
+        random: whether the field has drawn random numbers, which are then drawn again.
     """
 
     problem: Problem
@@ -43,24 +43,30 @@ class Checkpoint:
     every: int = 1
     offload: bool = False
     first: int = 0
-    random: bool = True
+    random: bool = field(default=False, init=False)
     _kept: dict[int, _Kept] = field(default_factory=dict)
 
     @torch.no_grad()
     def forward(self, x: State) -> list[State]:
         """Keep the states before some steps."""
-        problem, found = self.problem, [x] if 0 in self.asked else []
-        memory, fresh = None, True
         device = leaves(x)[0].device
-        first = random_state(device) if self.random else None
-        for i in range(problem.count):
+        first = random_state(device)
+        self.random = False
+
+        def keep(i: int, x: State, memory: Any, fresh: bool) -> None:
+            now = random_state(device)
+            self.random = self.random or not same_state(first, now)
             if i >= self.first and (i - self.first) % self.every == 0:
-                self._kept[i] = self._keep(x, memory, fresh, device)
-            x, memory, fresh = problem.advance(i, x, memory, fresh)
-            if i + 1 in self.asked:
-                found.append(x)
-        if first is not None and same_state(first, random_state(device)):  # nothing was drawn
-            self.random = False
+                kept = _Kept(x, self._remembered(memory, fresh), fresh, now)
+                if self.offload:
+                    kept.x, kept.memory = (
+                        with_tensors(tree, [t.cpu() for t in tensors_of(tree)]) for tree in (kept.x, kept.memory)
+                    )
+                self._kept[i] = kept
+
+        found, _ = self.problem.solve(x, self.asked, keep=keep)
+        self.random = self.random or not same_state(first, random_state(device))
+        if not self.random:
             for kept in self._kept.values():
                 kept.random = None
         return found
@@ -82,12 +88,10 @@ class Checkpoint:
         """States and memories."""
         return sum(t.nbytes for kept in self._kept.values() for t in tensors_of((kept.x, kept.memory)))
 
-    def _keep(self, x: State, memory: Any, fresh: bool, device: torch.device) -> _Kept:
-        remembered = None if fresh or isinstance(self.problem.step, RungeKutta) else memory
-        kept = _Kept(x, remembered, fresh, random_state(device) if self.random else None)
-        if self.offload:
-            kept.x, kept.memory = (with_tensors(tree, [t.cpu() for t in tensors_of(tree)]) for tree in (x, remembered))
-        return kept
+    def _remembered(self, memory: Any, fresh: bool) -> Any:
+        """What a step needs of the past: a slope of a Runge-Kutta method is the field's there, unless it was drawn."""
+        again = isinstance(self.problem.step, RungeKutta) and not self.random
+        return None if fresh or again else memory
 
     @torch.no_grad()
     def _segment(self, start: int, end: int) -> list[_Kept]:
@@ -104,8 +108,8 @@ class Checkpoint:
             for i in range(start, end - 1):
                 before = steps[-1]
                 x, memory, fresh = self.problem.advance(i, before.x, before.memory, before.fresh)
-                remembered = None if fresh or isinstance(self.problem.step, RungeKutta) else memory
-                steps.append(_Kept(x, remembered, fresh, random_state(device) if self.random else None))
+                state = random_state(device) if self.random else None
+                steps.append(_Kept(x, self._remembered(memory, fresh), fresh, state))
         return steps
 
     def _back(

@@ -22,7 +22,6 @@ from pantarhei.solve.ode import Hook, check_grid, check_times
 from pantarhei.solve.problem import Problem, Way
 from pantarhei.solve.randomness import drawn_again, random_state
 from pantarhei.solve.reversible import Reversible
-from pantarhei.solve.sde import Stochastic
 from pantarhei.solve.state import (
     CountedField,
     Field,
@@ -236,15 +235,14 @@ def differentiable(
     if through not in THROUGH:
         raise ValueError(unknown("through", through, THROUGH))
     asked, step = check_times(times), as_step(method)
-    if isinstance(step, Stochastic) and through not in ("checkpoint", "backprop"):
-        raise ValueError(f"through: noise is drawn again by 'checkpoint' and 'backprop' only, not by {through!r}")
     if through == "reversible" and not isinstance(step, Reversible):
         step = Reversible(step)
     unknowns = Unknowns(
         [
             *(t for t in tensors_of(plain(condition)) if t.requires_grad),
             *(p for p in parameters_of(parameters).values() if p.requires_grad),
-        ]
+        ],
+        scaled=torch.float16 in types or _casts_to(torch.float16, leaves(x)[0].device.type),
     )
     if parameters is not None and not any(p.requires_grad for p in parameters_of(parameters).values()):
         raise ValueError("parameters: none of them needs a gradient; are they frozen?")
@@ -259,10 +257,17 @@ def differentiable(
         problem = Problem(counted, step, grid, unknowns, leaves(x)[0].device, before_step, after_step)
         nodes = _nodes(grid, asked)
         report.through, report.steps = through, problem.count
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in (*leaves(x), *unknowns.tensors))):
+            with torch.no_grad():  # nobody goes back, nothing is kept
+                found, _ = problem.solve(x, nodes)
+            report.forward = counted.calls
+            return _reported(found, len(asked), types)
         if through == "backprop":
             if truncate is not None:
                 raise ValueError("truncate: goes with through='checkpoint', which gives the same gradient")
-            states = problem.solve(x, nodes)
+            # A field that takes a gradient of its own, such as a guided one, takes it with respect to this.
+            x = map_state(lambda leaf: leaf if leaf.requires_grad else leaf.detach().requires_grad_(True), x)
+            states, _ = problem.solve(x, nodes)
             check_leaves([t for s in states for t in leaves(s)], [*leaves(x), *unknowns.tensors])
             report.forward = counted.calls
             return _reported(states, len(asked), types)
@@ -288,6 +293,10 @@ def _autocast(kind: str) -> dict[str, Any]:
         "dtype": torch.get_autocast_dtype(kind),
         "cache_enabled": torch.is_autocast_cache_enabled(),
     }
+
+
+def _casts_to(kind: torch.dtype, device: str) -> bool:
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == kind
 
 
 def plain(condition: Any) -> Any:

@@ -16,6 +16,7 @@ from pantarhei.solve.steps import Step
 from pantarhei.solve.unknowns import Unknowns
 
 Cotangents = Mapping[int, State]  # of states at nodes of the grid, the last among them
+Keep = Callable[[int, State, Any, bool], None]
 
 
 @dataclass
@@ -58,28 +59,35 @@ class Problem:
         x, fresh = self._hooked(self.after, result.x, end, i, fresh, fixed)
         return x, result.memory, fresh
 
-    def solve(self, x: State, nodes: Container[int]) -> list[State]:
-        """The states at some nodes."""
+    def solve(
+        self, x: State, nodes: Container[int], *, keep: Keep | None = None, fixed: bool = False
+    ) -> tuple[list[State], Any]:
+        """The states at some nodes, and the memory at the end.
+
+        Args:
+            x: the first state.
+            nodes: which.
+            keep: is told number, state, memory and whether it has to begin anew, before each step.
+            fixed: hooks may not change the state.
+        """
         found, memory, fresh = [x] if 0 in nodes else [], None, True
         for i in range(self.count):
-            x, memory, fresh = self.advance(i, x, memory, fresh)
+            if keep is not None:
+                keep(i, x, memory, fresh)
+            x, memory, fresh = self.advance(i, x, memory, fresh, fixed=fixed)
             if i + 1 in nodes:
                 found.append(x)
-        return found
+        return found, memory
 
     @torch.no_grad()
     def solve_plainly(self, x: State, nodes: Container[int]) -> tuple[list[State], Any]:
-        """The same, and the memory at the end, without a graph and for ways back that do not take the steps again.
+        """The same without a graph, for ways back that do not take the steps again.
 
         Raises:
             ValueError: the field draws random numbers, or a hook changes the state.
         """
         before = random_state(self.device)
-        found, memory, fresh = [x] if 0 in nodes else [], None, True
-        for i in range(self.count):
-            x, memory, fresh = self.advance(i, x, memory, fresh, fixed=True)
-            if i + 1 in nodes:
-                found.append(x)
+        found, memory = self.solve(x, nodes, fixed=True)
         if not same_state(before, random_state(self.device)):
             raise ValueError(
                 "through: the field draws random numbers (is its network in training mode?), which only 'checkpoint' and "

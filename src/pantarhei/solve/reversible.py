@@ -27,6 +27,8 @@ class Reversible:
     adaptive = False
 
     def __post_init__(self) -> None:
+        if getattr(self.step, "one_way", False):
+            raise ValueError(f"reversible: steps of {self.step.name} go one way only; take 'checkpoint' or 'backprop'")
         if not 0 < self.coupling <= 1:
             raise ValueError(f"reversible: the coupling must lie in (0, 1], got {self.coupling}")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -157,6 +159,13 @@ class Stochastic:
     name = "stochastic"
     order = 1
     adaptive = False
+    one_way = True
+
+    def __post_init__(self) -> None:
+        if self.noise is not None and not callable(self.noise) and type(self.noise) is not int:
+            raise ValueError(
+                f"noise: a whole number, a function of time and state, or None is needed, got {self.noise!r}"
+            )
 
     def start(self, field: CountedField, x: State, t: Any, dt: Any, slope: State | None = None) -> None:
         """Nothing is remembered."""
@@ -166,11 +175,7 @@ class Stochastic:
         if callable(self.noise):
             draw = self.noise(t, x)
         else:
-            device = leaves(x)[0].device
-            # Of the time, not of the step's number: a step that is taken again knows its time only.
-            seed = None if self.noise is None else hash((self.noise, float(t))) % 2**63
-            generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-            draw = map_state(lambda leaf: _normal_like(leaf, generator), x)
+            draw = draw_at(self.noise, t, x)
         new = _step_of(self.method)(field, _amplitude(self.diffusion), x, t, t + dt, draw)
         return StepResult(new, None, None, ())
 
@@ -183,6 +188,18 @@ class Stochastic:
         raise ValueError(
             "times: an SDE is reported at nodes of its grid only; give steps= as a grid that contains them"
         )
+
+
+def draw_at(seed: int | None, t: float, x: State) -> State:
+    """Standard normal noise like x that follows from a number and a time; from torch's own generator without a number.
+
+    Of the time, not of a step's number: a step that is taken again knows its time only.
+    """
+    generator = None
+    if seed is not None:
+        digest = hashlib.blake2b(struct.pack("<qd", seed, t), digest_size=8).digest()
+        generator = torch.Generator(leaves(x)[0].device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return map_state(lambda leaf: _normal_like(leaf, generator), x)
 
 
 def _step_of(method: SDEMethodName | SDEStep) -> SDEStep:
@@ -201,11 +218,10 @@ def _hooked(hook: Hook | None, x: State, t: float, step: int) -> State:
 def _amplitude(diffusion: Diffusion) -> Callable[[State, float], State]:
     """The diffusion as a state-shaped amplitude at (x, t)."""
     if not callable(diffusion):
-        value = float(diffusion)
-        return lambda x, t: map_state(lambda leaf: leaf.new_full((), value), x)
+        return lambda x, t: map_state(lambda leaf: _number_like(diffusion, leaf), x)
     required = _required_arguments(diffusion)
     if required == 1:
-        return lambda x, t: map_state(lambda leaf: leaf.new_full((), float(diffusion(t))), x)
+        return lambda x, t: map_state(lambda leaf: _number_like(diffusion(t), leaf), x)
     if required == 2:
         return lambda x, t: diffusion(x, leaves(x)[0].new_full((), t))
     raise TypeError(f"diffusion: must be a number, g(t) or g(x, t), got a callable of {required} required arguments")
@@ -217,6 +233,11 @@ def _required_arguments(function: Callable[..., Any]) -> int:
     parameters = inspect.signature(function).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.default is p.empty and p.kind in positional for p in parameters)
+
+
+def _number_like(value: Any, like: Tensor) -> Tensor:
+    """A number in the type of a tensor; a tensor keeps its gradient."""
+    return value.to(like) if isinstance(value, Tensor) else like.new_full((), float(value))
 
 
 def _normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

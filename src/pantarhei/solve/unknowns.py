@@ -16,13 +16,14 @@ class Unknowns:
 
     Args:
         tensors: those whose gradient is wanted; they need not be leaves.
+        scaled: bring cotangents near 1 on their way through a field in float16, in which small gradients vanish.
 
     Attributes:
         sums: their gradients so far, in single precision where a tensor has less; None where nothing has come yet.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]):
-        self.tensors = tuple(tensors)
+    def __init__(self, tensors: Iterable[Tensor], *, scaled: bool = False):
+        self.tensors, self.scaled = tuple(tensors), scaled
         self.sums: list[Tensor | None] = [None] * len(self.tensors)
 
     def pull(
@@ -50,7 +51,12 @@ class Unknowns:
             ends, [*inputs, *self.tensors]
         )  # each time: a field may depend on more at some times than at others
         wanted = self.tensors if of_unknowns else ()
+        power = _power_of(given) if self.scaled else None
+        if power is not None:
+            given = tuple(torch.ldexp(c, -power) for c in given)
         grads = torch.autograd.grad(ends, (*inputs, *wanted), given, allow_unused=True)
+        if power is not None:
+            grads = tuple(None if g is None else torch.ldexp(_wide(g), power) for g in grads)
         self._add(grads[len(inputs) :])
         return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=False)]
 
@@ -80,6 +86,16 @@ class Unknowns:
                 "gradient: the field depends on none of the tensors that were named; are they the right ones?"
             )
         return [torch.zeros_like(x) if s is None else s.to(x.dtype) for x, s in zip(self.tensors, sums, strict=True)]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _power_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The power of two above the largest element of all, 0-d."""
+    largest = torch.stack([t.detach().abs().amax().float() for t in tensors]).amax()
+    return torch.frexp(largest.clamp_min(torch.finfo(torch.float32).tiny))[1]
 
 
 def check_leaves(outputs: Sequence[Tensor], named: Sequence[Tensor]) -> None:
