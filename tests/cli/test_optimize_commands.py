@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 import pantarhei as pr
 from pantarhei.cli.main import main
+from pantarhei.cli.posterior import _operator
 from pantarhei.data import kolmogorov_flow, velocity_of
+from pantarhei.data.seeds import generator as seeded
 from pantarhei.flow import differentiable_sample
 from pantarhei.recipes.sample_metrics import classified_as, clip_similarity, function_of, like_example
 
@@ -56,7 +58,7 @@ def plain(folder):
 
 
 def written(out):
-    assert all((out / name).is_file() for name in ("before.png", "after.png", "measure.png"))
+    assert all((out / name).is_file() for name in ("samples.png", "measure.png", "measure.json"))
     return load_file(out / "optimized.safetensors")
 
 
@@ -92,33 +94,38 @@ def test_condition_weights_and_audit(classes, folder, tmp_path, capsys):
     tuned = pr.load(tmp_path / "w/flow")
     assert tuned.network.lora["rank"] == 2
     assert run("sample", tmp_path / "w/flow", "--count", 2, "--steps", 2, "--out", tmp_path / "s") == 0
-    audit = ["--classifier", classes, "--iterations", 2, "--steps", 3, "--count", 24, "--out", tmp_path / "x"]
-    status = run("optimize", "audit", classes, *audit)
-    if status == 0:  # after twenty iterations it may have none right
-        figures = json.loads((tmp_path / "x/audit.json").read_text())
-        assert 0 <= figures["control"] <= 1
-        assert figures["fooled"] <= figures["correct"]
-    else:
-        assert "none of the samples right" in capsys.readouterr().err
+    audit = ["--classifier", classes, "--iterations", 2, "--steps", 3, "--count", 64, "--out", tmp_path / "x"]
+    # Drawn labels are of every class, so that some are right whatever the samples are.
+    assert run("optimize", "audit", classes, *audit) == 0
+    figures = json.loads((tmp_path / "x/audit.json").read_text())
+    assert 0 <= figures["control"] <= 1
+    assert figures["fooled"] <= figures["correct"]
+    assert set(load_file(tmp_path / "x/optimized.safetensors")["label"].tolist()) == set(range(10))
 
 
 @pytest.mark.parametrize("operator", ["mask:0.4", "box:4", "blur:1", "sensors:9", "corner"])
 @pytest.mark.parametrize("way", ["guidance", "noise"])
 def test_posterior(plain, folder, tmp_path, operator, way):
     operator = f"{folder / 'measures.py'}:corner" if operator == "corner" else operator
-    options = ["--operator", operator, "--way", way, "--iterations", 2, "--steps", 3, "--count", 3]
+    searched = ["--iterations", 8, "--lr", 0.3] if way == "noise" else []
+    options = ["--operator", operator, "--way", way, *searched, "--steps", 5, "--count", 3]
     assert run("optimize", "posterior", plain, *options, "--out", tmp_path) == 0
     found = load_file(tmp_path / "posterior.safetensors")
     assert found["x"].shape == found["truth"].shape == (3, 1, 8, 8)
-    assert bool(found["x"].isfinite().all())
-    assert (tmp_path / "x.png").is_file()
+    assert (tmp_path / "posterior.png").is_file()
+    # Samples agree with the measurement better than those that know nothing of it.
+    free = pr.load(plain).eval().sample(x0=found["x0"], steps=5)
+    measure = _operator(operator, (1, 8, 8), seeded(0, 74))
+    misses = [float((measure(x) - found["measured"]).square().mean()) for x in (found["x"], free)]
+    assert misses[0] < 0.8 * misses[1]
 
 
 @pytest.mark.parametrize("way", ["guidance", "noise"])
 def test_items_do_not_depend_on_their_batch(plain, tmp_path, way):
     found = []
     for batch in (2, 5):
-        options = ["--operator", "mask:0.3", "--way", way, "--iterations", 2, "--steps", 3, "--count", 5]
+        searched = ["--iterations", 2] if way == "noise" else []
+        options = ["--operator", "mask:0.3", "--way", way, *searched, "--steps", 3, "--count", 5]
         assert run("optimize", "posterior", plain, *options, "--batch", batch, "--out", tmp_path / str(batch)) == 0
         found.append(load_file(tmp_path / str(batch) / "posterior.safetensors"))
     assert torch.allclose(found[0]["x"], found[1]["x"], atol=1e-4)
@@ -140,7 +147,7 @@ def test_a_vector_field_from_sensors(tmp_path):
     found = load_file(tmp_path / "field/posterior.safetensors")
     assert found["measured"].shape == (2, 2, 9)
     assert torch.equal(found["truth"], velocity[:2])
-    assert all((tmp_path / "field" / name).is_file() for name in ("x.png", "truth.png"))
+    assert (tmp_path / "field/posterior.png").is_file()
 
 
 def test_posterior_of_a_class(classes, tmp_path):
@@ -170,6 +177,20 @@ def test_mistakes_are_one_line(classes, plain, folder, tmp_path, capsys):
     refused(capsys, "bound: must be positive", *noise, "--metric", f"{file}:dark", "--bound", 0)
     refused(capsys, "this flow has no classes", "optimize", "condition", plain, *out, "--metric", f"{file}:dark")
     posterior = ["optimize", "posterior", plain, *out]
+    box = [*posterior, "--operator", "box:2"]
+    refused(capsys, "go with --way noise", *box, "--iterations", 3)
+    refused(capsys, "--variables, --gamma: go with --way noise", *box, "--variables", "rho")
+    refused(capsys, "--scale, --spread: go with --way guidance", *box, "--way", "noise", "--scale", 2)
+    refused(capsys, "--scale: must be positive", *box, "--scale", -1)
+    refused(capsys, "must be at least 1, got 0", *box, "--steps", 0)
+    refused(capsys, "--gamma: is for the jumps", *box, "--way", "noise", "--gamma", 0.5)
+    refused(
+        capsys, "--bound: must be positive", "optimize", "audit", classes, *out, "--classifier", classes, "--bound", -1
+    )
+    refused(capsys, "--example: there is no", "optimize", "noise", plain, *out, "--example", tmp_path / "none.png")
+    refused(
+        capsys, "clip: there is no folder", "optimize", "noise", plain, *out, "--metric", "clip:none", "--text", "a"
+    )
     refused(capsys, "trained without labels", *posterior, "--operator", "box:2", "--label", 3)
     refused(capsys, "blur needs a number", *posterior, "--operator", "blur:wide")
     refused(capsys, "9 is out of range for box", *posterior, "--operator", "box:9")

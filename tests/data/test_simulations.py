@@ -328,3 +328,6 @@ def test_velocities_have_the_vorticity_and_no_divergence():
     along_x, along_y = (torch.fft.ifft2(torch.fft.fft2(u) * wave).real for wave in (k, k[:, None]))
     assert torch.allclose(along_x[:, :, 0], -along_y[:, :, 1], atol=1e-10)
     assert torch.allclose(along_x[:, :, 1] - along_y[:, :, 0], w[:, :, 0], atol=1e-10)
+
+    with pytest.raises(ValueError, match=r"vorticity: \(\.\.\., 1, size, size\) is needed"):
+        velocity_of(w[0, 0, 0])

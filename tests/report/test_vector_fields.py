@@ -25,3 +25,5 @@ def test_rows_of_fields(tmp_path):
 def test_refused_fields():
     with pytest.raises(ValueError, match=r"\(N, 2, H, W\) is needed"):
         vector_fields({"images": torch.zeros(1, 3, 8, 8)})
+    with pytest.raises(ValueError, match=r"\(N, 2, H, W\) is needed"):
+        vector_fields({"line": torch.zeros(1, 2, 1, 8)})

@@ -71,7 +71,7 @@ VERBS: dict[str, dict[str, tuple[str, str, str]]] = {
         "weights": ("optimize", "optimize_weights_of", "the weights, all or low-rank additions: a style"),
         "audit": ("optimize", "optimize_audit", "how easily samples fool a classifier"),
         "posterior": (
-            "optimize",
+            "posterior",
             "optimize_posterior",
             "data from a noisy measurement: in-painting, deblurring, sensors",
         ),
@@ -175,7 +175,7 @@ def _overview() -> str:
 
 
 def _kinds(verb: str) -> str:
-    lines = [f"pantarhei {verb} RECIPE ...", ""]
+    lines = [f"pantarhei {verb} {'RECIPE' if verb == 'train' else 'KIND'} ...", ""]
     return "\n".join([*lines, *(f"  {name}: {text}" for name, (_, _, text) in VERBS[verb].items())])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +77,12 @@ def own_guidance(flow: Flow) -> float:
 
 
 def read_input(
-    path: Path, flow: Flow, count: int, keys: Sequence[str], shape: Sequence[int] | None = None
+    path: Path,
+    flow: Flow,
+    count: int,
+    keys: Sequence[str],
+    shape: Sequence[int] | None = None,
+    option: str = "--input",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Items to start from, and their conditions where the file has them; as many as asked for.
 
@@ -87,20 +92,21 @@ def read_input(
         count: at most so many.
         keys: names of the tensor in a `.safetensors` file, the first one there is taken.
         shape: of an item, that of the flow's states by default.
+        option: which asks for it, for messages.
 
     Raises:
         FileNotFoundError: there is no such path.
         ValueError: they have another shape, there are none, or they are not finite.
     """
     if not path.exists():
-        raise FileNotFoundError(f"--input: there is no {path}")
+        raise FileNotFoundError(f"{option}: there is no {path}")
     shape = tuple(shape or flow.shape or ())
     found: dict[str, Tensor]
     if path.suffix == ".safetensors":
         found = read_tensors(path)
         key = next((key for key in keys if key in found), None)
         if key is None:
-            raise ValueError(f"--input: {path} holds {', '.join(found)}; expected {' or '.join(keys)}")
+            raise ValueError(f"{option}: {path} holds {', '.join(found)}; expected {' or '.join(keys)}")
         x = found[key]
     elif path.suffix == ".npy":
         items = read_points(path)
@@ -108,15 +114,17 @@ def read_input(
         x = found["x1"]
     else:
         if keys[0] == "x0" and getattr(flow.source, "gaussian", False):
-            raise ValueError("--input: this flow starts from noise, not from images; give a .safetensors file with x0")
+            raise ValueError(
+                f"{option}: this flow starts from noise, not from images; give a .safetensors file with x0"
+            )
         options: dict[str, Any] = {"size": shape[-1], "channels": shape[0]} if len(shape) == 3 else {}
         source = open_images(path, **options)
         found = source.fetch(torch.arange(min(count, len(source))))
         x = found["x1"]
     if tuple(x.shape[1:]) != shape or not len(x):
-        raise ValueError(f"--input: expected items of shape {shape}, got {tuple(x.shape)}")
+        raise ValueError(f"{option}: expected items of shape {shape}, got {tuple(x.shape)}")
     if not bool(x.isfinite().all()):
-        raise ValueError(f"--input: {path} holds NaN or infinity")
+        raise ValueError(f"{option}: {path} holds NaN or infinity")
     conditions = {name: found[name][:count] for name in flow.conditions if name in found}
     return x[:count].to(flow.device, flow.dtype), conditions
 
@@ -172,6 +180,18 @@ def with_null_labels(flow: Flow, given: dict[str, Tensor], count: int) -> dict[s
     if flow.conditions != ("label",) or not isinstance(null, int):
         raise ValueError(f"--input: this flow is conditioned on {', '.join(flow.conditions)}, which the input lacks")
     return {"label": torch.full((count,), null)}
+
+
+def save_rows(rows: Mapping[str, Tensor], path: Path, places: Tensor | None = None) -> None:
+    """Items above each other, a row a name, on one scale; vector fields with their sensors. Nothing where none shows."""
+    first = next(iter(rows.values()))
+    plain = {name: value[:16].detach().float().cpu() for name, value in rows.items()}
+    if first.ndim == 4 and first.shape[1] == 2:
+        vector_fields(plain, places=places).savefig(path, dpi=110)
+    elif first.ndim == 4 and first.shape[1] in (1, 3, 4):
+        save_image_grid(torch.cat(list(plain.values())), path, columns=len(plain[next(iter(plain))]))
+    elif first.ndim == 2 and first.shape[1] == 2:
+        scatter_2d({name: value.detach().float().cpu() for name, value in rows.items()}).savefig(path, dpi=120)
 
 
 def save_picture(x: Tensor, path: Path, title: str) -> None:

@@ -1,9 +1,9 @@
-"""`pantarhei optimize noise|condition|weights|audit|posterior RUN`: change what samples come from, for a measure of them."""
+"""`pantarhei optimize noise|condition|weights|audit RUN`: change what samples come from, for a measure of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,13 +19,11 @@ from pantarhei.cli.opening import (
     open_flow,
     own_guidance,
     read_input,
-    save_picture,
-    with_null_labels,
+    save_rows,
 )
 from pantarhei.cli.sample import conditions_of, in_turn, prompts_of
-from pantarhei.data.seeds import generator as seeded
 from pantarhei.files import write_json, write_tensors
-from pantarhei.flow import Blurred, Flow, Masked, Measurement, Sensors, TrajectoryModel, posterior_sample
+from pantarhei.flow import Flow, TrajectoryModel
 from pantarhei.flow.numbered import numbered_conditions, numbered_source
 from pantarhei.flow.reparameterisation import Variables
 from pantarhei.metrics import ClassifierFeatures
@@ -33,7 +31,6 @@ from pantarhei.recipes.evaluation import make_reference
 from pantarhei.recipes.optimization import (
     Found,
     Metric,
-    OfRows,
     Search,
     audit,
     class_row,
@@ -51,40 +48,65 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How samples are drawn.
+
+    Attributes:
+        steps: of the sampler; what a distilled flow was made for, one jump of a trajectory model, or the command's own.
+        method: of the sampler, as of `pantarhei sample`.
+        guidance: classifier-free guidance; by default what the flow's notes name.
+        shift: resolution shift of the time grid.
+        gamma: noise between the jumps of a trajectory model.
+        variables: solve in other variables: rho, snr, flow or angle.
+        batch: samples at a time.
+    """
+
+    steps: int | None = None
+    method: str = "auto"
+    guidance: float | None = None
+    shift: float = 1.0
+    gamma: float | None = None
+    variables: Variables | None = None
+    batch: int = 64
+
+    def options(self, flow: Flow, steps: int) -> dict[str, Any]:
+        """Those of `differentiable_sample`; with so many steps where nothing else says how many.
+
+        Raises:
+            ValueError: numbers out of range, or what does not go with the flow.
+        """
+        if self.batch < 1 or (self.steps is not None and self.steps < 1):
+            raise ValueError(f"--steps, --batch: must be at least 1, got {self.steps} and {self.batch}")
+        if self.gamma is not None and not isinstance(flow, TrajectoryModel):
+            raise ValueError("--gamma: is for the jumps of trajectory models")
+        found: dict[str, Any] = {"method": self.method, "shift": self.shift, "variables": self.variables}
+        found["steps"] = default_steps(flow, self.method, steps) if self.steps is None else self.steps
+        found["guidance"] = own_guidance(flow) if self.guidance is None else self.guidance
+        return found if self.gamma is None else {**found, "gamma": self.gamma}
+
+
+@dataclass(frozen=True)
 class Searching:
-    """How it is searched, and how samples are drawn meanwhile.
+    """How it is searched.
 
     Attributes:
         iterations: updates.
         lr: learning rate of AdamW, or length of a normalised step.
         weight_decay: of AdamW.
-        steps: of the sampler; 20, what a distilled flow was made for, or one jump of a trajectory model.
-        method: of the sampler, as of `pantarhei sample`.
-        guidance: classifier-free guidance; by default what the flow's notes name.
         through: how gradients are found: checkpoint (exact), backprop, symplectic, adjoint, backsolve or reversible.
-        variables: solve in other variables: rho, snr, flow or angle.
         truncate: gradients of the last so many steps only (of condition and weights).
-        batch: samples at a time.
     """
 
     iterations: int = 30
     lr: float = 0.05
     weight_decay: float = 0.0
-    steps: int | None = None
-    method: str = "auto"
-    guidance: float | None = None
     through: Through = "checkpoint"
-    variables: Variables | None = None
     truncate: int | None = None
-    batch: int = 64
 
-    def search(self, flow: Flow) -> Search:
+    def search(self, flow: Flow, sampling: Sampling, seed: int, steps: int = 20) -> Search:
         """As settings of a search."""
-        steps = self.steps or default_steps(flow, self.method, 20)
-        sampling: dict[str, Any] = {"steps": steps, "method": self.method, "through": self.through}
-        sampling |= {"variables": self.variables, "truncate": self.truncate}
-        sampling["guidance"] = own_guidance(flow) if self.guidance is None else self.guidance
-        return Search(self.iterations, self.lr, self.weight_decay, sampling=sampling, batch=self.batch)
+        options = {**sampling.options(flow, steps), "through": self.through, "truncate": self.truncate}
+        return Search(self.iterations, self.lr, self.weight_decay, sampling=options, batch=sampling.batch, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -113,7 +135,8 @@ class Measuring:
         if (self.example is None) == (not self.metric):
             raise ValueError("--metric, --example: one of the two is needed")
         if self.example is not None:
-            return like_example(read_input(self.example, flow, count, ("x", "x1"), data_shape(flow))[0])
+            examples, _ = read_input(self.example, flow, count, ("x", "x1"), data_shape(flow), "--example")
+            return like_example(examples)
         kind, _, rest = self.metric.partition(":")
         if kind == "classifier":
             if self.target is None:
@@ -145,16 +168,25 @@ class Drawing:
     device: Device = "auto"
 
     def open(self, run: Path, label: int | None = None) -> tuple[Flow, Tensor, dict[str, Tensor] | None]:
-        """The flow, noise, and the conditions of the samples: a label or a prompt, or labels in turn.
+        """The flow, noise, and the conditions of the samples: a label or a prompt, or evenly drawn labels.
 
         Raises:
             ValueError: a count, label or prompt that does not fit.
         """
         flow = self.open_flow(run)
+        condition = self.conditions(run, flow, self.count, label)
+        return flow, self.noise(flow, self.count, condition), condition
+
+    def conditions(self, run: Path, flow: Flow, count: int, label: int | None) -> dict[str, Tensor] | None:
+        """What so many samples are conditioned on.
+
+        Raises:
+            ValueError: a label or prompt that does not fit.
+        """
         texts = prompts_of(flow, (self.prompt,) if self.prompt else (), None)
         given = in_turn(flow, texts) if texts is not None else conditions_of(run, flow, label)
-        condition = numbered_conditions(flow, self.seed, given)(range(self.count)) or None
-        return flow, self.noise(flow, self.count, condition), condition
+        found = numbered_conditions(flow, self.seed, given)(range(count))
+        return {name: value.to(flow.device) for name, value in found.items()} or None
 
     def open_flow(self, run: Path) -> Flow:
         """The flow alone.
@@ -196,6 +228,7 @@ def optimize_noise_of(
     out: Path,
     measuring: Measuring = Measuring(),
     searching: Searching = Searching(),
+    sampling: Sampling = Sampling(),
     drawing: Drawing = Drawing(),
     label: int | None = None,
     keep: Literal["norm", "free"] = "norm",
@@ -210,16 +243,20 @@ def optimize_noise_of(
         out: folder to write into.
         measuring: what is made small.
         searching: how.
+        sampling: the sampler; 20 steps by default.
         drawing: which samples.
-        label: of all samples; labels in turn by default.
+        label: of all samples; drawn evenly by default.
         keep: norm keeps each noise on the sphere it began on, where Gaussian noise is; free lets it go.
         bound: largest change of any element of the noise.
     """
     flow, x0, condition = drawing.open(run, label)
     given = (flow, measuring.open(flow, drawing.count), x0)
     how: dict[str, Any] = {"condition": condition, "keep": keep, "bound": bound}
-    found = with_bar("optimizing noise", searching.search(flow), optimize_noise, *given, **how)
-    return _written(out, found, run, {"x0": found.value})
+    found = with_bar("optimizing noise", searching.search(flow, sampling, drawing.seed), optimize_noise, *given, **how)
+    made = {"label": label, "keep": keep, "bound": bound}
+    return _written(
+        out, found, run, {"x0": found.value, **(condition or {})}, made, measuring, searching, sampling, drawing
+    )
 
 
 def optimize_condition_of(
@@ -227,6 +264,7 @@ def optimize_condition_of(
     out: Path,
     measuring: Measuring = Measuring(),
     searching: Searching = Searching(),
+    sampling: Sampling = Sampling(),
     drawing: Drawing = Drawing(),
     start: int | None = None,
 ) -> int:
@@ -241,6 +279,7 @@ def optimize_condition_of(
         out: folder to write into.
         measuring: what is made small.
         searching: how.
+        sampling: the sampler; 20 steps by default.
         drawing: which samples, whose mean measure it is; with --example as many as there are examples.
         start: class to start from; the mean of all by default.
     """
@@ -248,8 +287,11 @@ def optimize_condition_of(
     row, how = _embedding(flow, start, drawing.prompt)
     x0 = drawing.noise(flow, drawing.count)
     given = (flow, measuring.open(flow, drawing.count), x0, row)
-    found = with_bar("optimizing condition", searching.search(flow), optimize_condition, *given, **how)
-    return _written(out, found, run, {how["name"]: found.value, "x0": x0})
+    found = with_bar(
+        "optimizing condition", searching.search(flow, sampling, drawing.seed), optimize_condition, *given, **how
+    )
+    tensors = {how["name"]: found.value, "x0": x0}
+    return _written(out, found, run, tensors, {"start": start}, measuring, searching, sampling, drawing)
 
 
 def _embedding(flow: Flow, start: int | None, prompt: str) -> tuple[Tensor, dict[str, Any]]:
@@ -277,6 +319,7 @@ def optimize_weights_of(
     out: Path,
     measuring: Measuring = Measuring(),
     searching: Searching = Searching(lr=1e-3, iterations=60),
+    sampling: Sampling = Sampling(),
     drawing: Drawing = Drawing(count=32),
     label: int | None = None,
     rank: int = 0,
@@ -292,8 +335,9 @@ def optimize_weights_of(
         out: folder to write into.
         measuring: what is made small.
         searching: how.
+        sampling: the sampler; 20 steps by default.
         drawing: which samples are shown; an iteration has as many.
-        label: of all samples; labels in turn by default.
+        label: of all samples; drawn evenly by default.
         rank: train low-rank additions of this rank; 0 trains the weights.
         only: parts of the names of the weights to train.
     """
@@ -301,9 +345,12 @@ def optimize_weights_of(
     given = (flow, measuring.open(flow, drawing.count), x0)
     how: dict[str, Any] = {"condition": condition, "only": only, "seed": drawing.seed}
     how["low_rank"] = LowRank(rank) if rank else None
-    found = with_bar("optimizing weights", searching.search(flow), optimize_weights, *given, **how)
+    found = with_bar(
+        "optimizing weights", searching.search(flow, sampling, drawing.seed), optimize_weights, *given, **how
+    )
     found.value.save_pretrained(out / "flow")
-    return _written(out, found, run, {"x0": x0})
+    made = {"label": label, "rank": rank, "only": only}
+    return _written(out, found, run, {"x0": x0, **(condition or {})}, made, measuring, searching, sampling, drawing)
 
 
 def optimize_audit(
@@ -311,7 +358,9 @@ def optimize_audit(
     out: Path,
     classifier: Annotated[Path, tyro.conf.arg(metavar="RUN2")],
     searching: Searching = Searching(lr=0.5, iterations=30),
+    sampling: Sampling = Sampling(),
     drawing: Drawing = Drawing(count=64),
+    label: int | None = None,
     bound: float = 0.1,
 ) -> int:
     """How often does a classifier fail on samples from noise within a box around the drawn one?
@@ -320,22 +369,30 @@ def optimize_audit(
     noise in the same box is the control. Writes `audit.json`, `optimized.safetensors` and pictures.
 
     Args:
-        run: a run with classes.
+        run: a run with classes, or a pipeline of diffusers.
         out: folder to write into.
         classifier: a run on whose data the classifier is trained.
         searching: how; steps go along the gradient divided by its norm.
+        sampling: the sampler; 20 steps by default.
         drawing: which samples.
+        label: what all samples are of; drawn evenly by default. Of a pipeline the classifier's label of its --prompt.
         bound: largest change of any element of the noise.
     """
-    flow, x0, condition = drawing.open(run)
-    if condition is None or "label" not in condition:
-        raise ValueError("this flow has no classes; audit a classifier of your own from Python (recipes.optimization)")
+    if not bound > 0:
+        raise ValueError(f"--bound: must be positive, got {bound:g}")
+    flow, x0, condition = drawing.open(run, label if not drawing.prompt else None)
+    labels = (condition or {}).get("label")
+    if labels is None and label is not None:
+        labels = torch.full((len(x0),), label, device=flow.device)
+    if labels is None:
+        raise ValueError("--label: this flow has no classes; say what its samples are of")
     judge = classifier_of(classifier).to(flow.device)
-    given = (flow, judge.classify, x0, condition["label"])
+    given = (flow, judge.classify, x0, labels)
     how: dict[str, Any] = {"condition": condition, "bound": bound, "seed": drawing.seed}
-    found = with_bar("searching", searching.search(flow), audit, *given, **how)
+    found = with_bar("searching", searching.search(flow, sampling, drawing.seed), audit, *given, **how)
     correct, fooled, moved = int(found.correct.sum()), int(found.fooled.sum()), float(found.distance.mean())
-    _written(out, found.found, run, {"x0": found.found.value, "fooled": found.fooled})
+    tensors = {"x0": found.found.value, "fooled": found.fooled, **(condition or {})}
+    _written(out, found.found, run, tensors, {"classifier": classifier, "bound": bound}, searching, sampling, drawing)
     figures = {"classifier": judge.name, "correct": correct, "fooled": fooled, "rate": found.rate}
     write_json(out / "audit.json", {**figures, "control": found.control, "bound": bound, "distance": moved})
     print(
@@ -345,116 +402,19 @@ def optimize_audit(
     return 0
 
 
-def optimize_posterior(
-    run: tyro.conf.Positional[Path],
-    out: Path,
-    operator: str,
-    input: Path | None = None,
-    noise: float = 0.05,
-    spread: float | None = None,
-    way: Literal["guidance", "noise"] = "guidance",
-    searching: Searching = Searching(iterations=60, steps=40),
-    drawing: Drawing = Drawing(count=8),
-    label: int | None = None,
-    scale: float = 1.0,
-) -> int:
-    """Data from a noisy measurement: in-painting, deblurring, sparse sensors, or any function of yours.
-
-    Measures items, adds noise, and draws samples that agree with what was measured: by guiding the ODE, or by searching for
-    noise. Writes `posterior.safetensors` (`truth`, `measured`, `x`) and pictures.
-
-    Args:
-        run: a run, a saved flow, or a pipeline of diffusers.
-        out: folder to write into.
-        operator: mask:SHARE (that share of the pixels is known), box:SIDE (all but a square in the middle), blur:WIDTH,
-            sensors:NUMBER, or FILE.py:function.
-        input: what is measured: images (a folder, zip or file), .safetensors with x, or .npy; held-out data by default.
-        noise: standard deviation of the noise.
-        spread: of guidance, the standard deviation of data that are Gaussian noise; measured from the network by default.
-        way: guidance (diffusion posterior sampling) or noise (D-Flow).
-        searching: how noise is searched, and the sampler.
-        drawing: how many items, and everything that is drawn.
-        label: of all items; nothing is said of their labels by default.
-        scale: of guidance by the measurement.
-    """
-    flow = drawing.open_flow(run)
-    if input is not None:
-        truth = read_input(input, flow, drawing.count, ("x", "x1"), data_shape(flow))[0]
-    else:
-        held_out = data_of(run)[1]
-        truth = held_out.fetch(torch.arange(min(drawing.count, len(held_out))))["x1"].to(flow.device, flow.dtype)
-    condition = None
-    if label is None and flow.conditions == ("label",) and not drawing.prompt:
-        condition = with_null_labels(flow, {}, len(truth))
-    elif flow.conditions or label is not None:
-        condition = replace(drawing, count=len(truth)).open(run, label)[2]
-    measure = _operator(operator, tuple(truth.shape[1:]), seeded(drawing.seed, 74))
-    clean, generator = measure(truth), seeded(drawing.seed, 73, device=flow.device)
-    value = clean + noise * torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=clean.device)
-    measurement = Measurement(measure, value, noise, spread)
-    x0 = drawing.noise(flow, len(truth), condition)
-    search = searching.search(flow)
-    if way == "guidance":
-        method = "heun" if searching.method == "auto" and isinstance(flow, TrajectoryModel) else searching.method
-        sampler = {**{name: search.sampling[name] for name in ("steps", "guidance")}, "method": method}
-        parts = []
-        with Progress(len(truth), "guiding samples", "samples") as bar:
-            for rows in torch.arange(len(truth), device=flow.device).split(searching.batch):
-                given = {name: value[rows] for name, value in (condition or {}).items()} or None
-                part = measurement.index(rows)
-                parts.append(posterior_sample(flow, part, x0=x0[rows], condition=given, scale=scale, **sampler))
-                bar.update(int(rows[-1]) + 1)
-        x = torch.cat(parts)
-    else:
-        mismatch = OfRows(lambda x, rows: measurement.index(rows).mismatch(x))
-        x = with_bar("searching noise", search, optimize_noise, flow, mismatch, x0, condition=condition).after
-    misses = float(measurement.residual(x).square().mean().sqrt())
-    error = float((x - truth).square().mean().sqrt())
-    tensors = {"truth": truth, "measured": value, "x": x, "x0": x0}
-    write_tensors(out / "posterior.safetensors", {k: v.float().cpu() for k, v in tensors.items()}, {"run": str(run)})
-    shown = {"truth": truth, "x": x, **({"measured": value} if value.shape == truth.shape else {})}
-    for name, images in shown.items():
-        save_picture(images.float().cpu(), out / f"{name}.png", name)
-    print(
-        f"{len(x)} samples: they miss the measurement by {misses:.4g} (its noise is {noise:g}), the truth by {error:.4g} "
-        f"(the data's deviation is {float(truth.std()):.3g}) in {out}"
-    )
-    return 0
-
-
-def _operator(text: str, shape: tuple[int, ...], generator: torch.Generator) -> Any:
-    kind, _, rest = text.partition(":")
-    if kind not in ("mask", "box", "blur", "sensors"):
-        return function_of(text)
-    try:
-        number = float(rest)
-    except ValueError:
-        raise ValueError(f"--operator: {kind} needs a number, such as {kind}:2, got {text!r}") from None
-    if len(shape) != 3:
-        raise ValueError(f"--operator: {kind} is for images and fields on a grid; give FILE.py:function")
-    height, width = shape[1:]
-    if kind == "mask" and 0 < number < 1:
-        return Masked((torch.rand(1, height, width, generator=generator) < number).float())
-    if kind == "box" and 1 <= number < min(height, width):
-        side = int(number)
-        mask = torch.ones(1, height, width)
-        mask[:, (height - side) // 2 : (height + side) // 2, (width - side) // 2 : (width + side) // 2] = 0
-        return Masked(mask)
-    if kind == "blur" and number > 0:
-        return Blurred(number)
-    if kind == "sensors" and 1 <= number <= height * width:
-        at = torch.randperm(height * width, generator=generator)[: int(number)]
-        return Sensors(torch.stack([at // width, at % width], dim=1))
-    raise ValueError(f"--operator: {rest} is out of range for {kind} on items of shape {shape}")
-
-
-def _written(out: Path, found: Found, run: Path, more: dict[str, Tensor]) -> int:
-    tensors = {"before": found.before, "after": found.after, **more}
-    plain = {name: value.float().cpu() for name, value in tensors.items()}
-    write_tensors(out / "optimized.safetensors", plain, {"run": str(run)})
-    save_picture(found.before.float().cpu(), out / "before.png", "before")
-    save_picture(found.after.float().cpu(), out / "after.png", "after")
-    series = {"mean measure": (list(range(len(found.losses))), list(found.losses))}
+def _written(out: Path, found: Found, run: Path, more: dict[str, Tensor], made: dict[str, Any], *how: Any) -> int:
+    losses = torch.tensor(found.losses, dtype=torch.float64)
+    write_made(out / "optimized.safetensors", {"before": found.before, "after": found.after, **more}, run, made, *how)
+    save_rows({"before": found.before, "after": found.after}, out / "samples.png")
+    series = {"mean measure": (list(range(len(losses))), losses.tolist())}
     curves(series, xlabel="iteration", ylabel="measure").savefig(out / "measure.png", dpi=120)
+    write_json(out / "measure.json", {"measure": found.measure, "before_each_update": losses.tolist()})
     print(f"measure {found.losses[0]:.4g} before, {found.measure:.4g} after, in {out}")
     return 0
+
+
+def write_made(path: Path, tensors: dict[str, Tensor], run: Path, made: dict[str, Any], *how: Any) -> None:
+    """Tensors with everything that they were made with."""
+    settings = {"run": run, **made, **{name: value for part in how for name, value in vars(part).items()}}
+    plain = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    write_tensors(path, {name: value.cpu() for name, value in plain.items()}, {k: str(v) for k, v in settings.items()})

@@ -328,7 +328,7 @@ def in_turn(flow: Flow, texts: Prompts) -> Conditions:
 
 
 def conditions_of(run: Path, flow: Flow, label: int | None) -> Conditions | Source | None:
-    """What samples are conditioned on: one label, or what the run's held-out data bring; None for labels in turn."""
+    """What samples are conditioned on: one label, or what the run's held-out data bring; None for evenly drawn labels."""
     others = data_of(run)[1] if flow.conditions and flow.conditions != ("label",) else None
     return others if label is None else _fixed_label(flow, label, others)
 

@@ -169,7 +169,12 @@ def velocity_of(vorticity: Tensor) -> Tensor:
 
     Returns:
         (..., 2, size, size): along x (the last axis) and along y.
+
+    Raises:
+        ValueError: another shape, or a mean that is not 0.
     """
+    if vorticity.ndim < 3 or vorticity.shape[-3] != 1 or vorticity.shape[-1] != vorticity.shape[-2]:
+        raise ValueError(f"vorticity: (..., 1, size, size) is needed, got {tuple(vorticity.shape)}")
     *rows, _, size, _ = vorticity.shape
     fluid = _Fluid(size, 0.0, 0.0, vorticity.device)
     waves = fluid.enter(vorticity.reshape(-1, 1, size, size), math.prod(rows))

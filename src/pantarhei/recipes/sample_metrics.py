@@ -72,6 +72,7 @@ def clip_similarity(folder: str | Path, prompt: str) -> Metric:
     """1 - cosine similarity of images and a text by CLIP (Radford et al. 2103.00020), from a folder of transformers.
 
     Raises:
+        FileNotFoundError: there is no such folder.
         ImportError: transformers is not installed.
         ValueError: the folder holds no CLIP model with its tokenizer.
     """
@@ -79,6 +80,8 @@ def clip_similarity(folder: str | Path, prompt: str) -> Metric:
         from transformers import CLIPModel, CLIPTokenizer
     except ImportError:
         raise ImportError("CLIP needs transformers: pip install 'pantarhei[diffusers]'") from None
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"clip: there is no folder {folder}")
     try:
         model: Any = CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)

@@ -24,7 +24,7 @@ SYSTEMS = (
     ),
     System("consistency-trajectory-models", "Consistency Trajectory Models, 2310.02279", "complete"),
     System("stochastic-interpolants", "Stochastic Interpolants, 2303.08797", "complete"),
-    System("adjoint-dpm", "AdjointDPM, 2307.10711", "experiments under way"),
+    System("adjoint-dpm", "AdjointDPM, 2307.10711", "complete"),
     System("mmdit", "Scaling Rectified Flow Transformers, 2403.03206"),
     System("triflow", "Taming Feed-forward Reconstruction Models, 2501.00651"),
     System("splatflow-3d", "SplatFlow (3D), 2411.16443"),

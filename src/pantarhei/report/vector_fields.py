@@ -33,7 +33,10 @@ def vector_fields(
     Raises:
         ValueError: no fields, or of another shape.
     """
-    if not fields or any(value.ndim != 4 or value.shape[1] != 2 for value in fields.values()):
+    if not fields or any(
+        value.ndim != 4 or value.shape[1] != 2 or min(value.shape) < 1 or min(value.shape[2:]) < 2
+        for value in fields.values()
+    ):
         shapes = {name: tuple(value.shape) for name, value in fields.items()}
         raise ValueError(f"fields: (N, 2, H, W) is needed for each name, got {shapes}")
     shown = {name: value[:columns].detach().double().cpu() for name, value in fields.items()}
