@@ -12,6 +12,7 @@ from torch import nn
 import pantarhei as pr
 from flow.exact_jumps import GaussianJumps, data_law, exact_model, random_times
 from pantarhei.flow import Condition, Flow, FlowMatching, Guidance, Provenance, TrajectoryModel, on_path
+from pantarhei.flow.grids import solver_grid
 from pantarhei.flow.heads import CTM, Consistency, MeanVelocity, build_head
 from pantarhei.flow.jumps import Move, gamma_moves, renoised, two_jumps
 from pantarhei.flow.numbered import join, numbered_samples
@@ -300,7 +301,7 @@ def test_a_rectified_model_jumps_but_has_no_score():
 @given(gamma=st.floats(0, 1), steps=st.integers(1, 6), path=st.sampled_from(["linear", "edm", "vp", "cosine", "ve"]))
 def test_where_the_jumps_of_gamma_sampling_land(gamma, steps, path):
     model = small(path, "velocity")
-    times = model.nodes(steps, model.interval, "edm")
+    times = solver_grid(model.path, steps, model.interval, "edm")
     moves = gamma_moves(model.path, times, gamma)
     assert [move.back for move in moves] == pytest.approx(times[1:], abs=1e-12)
     assert all(move.back <= move.to <= times[-1] for move in moves)

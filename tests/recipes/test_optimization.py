@@ -10,14 +10,13 @@ from pantarhei.flow import Condition, Flow, GaussianMixture, differentiable_samp
 from pantarhei.flow.closed_form import MixtureField
 from pantarhei.networks import MLP, MLPConfig, UNet, UNetConfig
 from pantarhei.networks.embeddings import ClassEmbedding
+from pantarhei.recipes.auditing import audit, rounded
 from pantarhei.recipes.optimization import (
     Search,
-    audit,
     class_row,
     optimize_condition,
     optimize_noise,
     optimize_weights,
-    rounded,
 )
 from pantarhei.straighten import LowRank
 

@@ -183,22 +183,25 @@ def with_null_labels(flow: Flow, given: dict[str, Tensor], count: int) -> dict[s
 
 
 def save_rows(rows: Mapping[str, Tensor], path: Path, places: Tensor | None = None) -> None:
-    """Items above each other, a row a name, on one scale; vector fields with their sensors. Nothing where none shows."""
-    first = next(iter(rows.values()))
-    plain = {name: value[:16].detach().float().cpu() for name, value in rows.items()}
-    if first.ndim == 4 and first.shape[1] == 2:
+    """A picture of items, a row a name, all on one scale; of a single name a grid. Nothing where nothing can be shown.
+
+    Args:
+        rows: name -> images (N, 1, 3 or 4, H, W), plane vector fields (N, 2, H, W) or plane points (N, 2).
+        path: where to.
+        places: of sensors in the fields.
+    """
+    plain = {name: value.detach().float().cpu() for name, value in rows.items()}
+    shape = next(iter(plain.values())).shape[1:]
+    if len(shape) == 3 and shape[0] in (1, 3, 4):
+        most = 256 if len(plain) == 1 else 16
+        shown = [value[:most] for value in plain.values()]
+        save_image_grid(torch.cat(shown), path, columns=None if len(plain) == 1 else len(shown[0]))
+    elif len(shape) == 3 and shape[0] == 2:
         vector_fields(plain, places=places).savefig(path, dpi=110)
-    elif first.ndim == 4 and first.shape[1] in (1, 3, 4):
-        save_image_grid(torch.cat(list(plain.values())), path, columns=len(plain[next(iter(plain))]))
-    elif first.ndim == 2 and first.shape[1] == 2:
-        scatter_2d({name: value.detach().float().cpu() for name, value in rows.items()}).savefig(path, dpi=120)
+    elif tuple(shape) == (2,):
+        scatter_2d(plain).savefig(path, dpi=120)
 
 
 def save_picture(x: Tensor, path: Path, title: str) -> None:
-    """A grid of images, arrows of plane vector fields or a scatter of points; nothing where none shows anything."""
-    if x.ndim == 4 and x.shape[1] in (1, 3, 4):
-        save_image_grid(x[:256], path)
-    elif x.ndim == 4 and x.shape[1] == 2:
-        vector_fields({title: x}).savefig(path, dpi=110)
-    elif x.ndim == 2 and x.shape[1] == 2:
-        scatter_2d({title: x}).savefig(path, dpi=120)
+    """A picture of items, see `save_rows`."""
+    save_rows({title: x}, path)

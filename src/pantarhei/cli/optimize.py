@@ -27,12 +27,12 @@ from pantarhei.flow import Flow, TrajectoryModel
 from pantarhei.flow.numbered import numbered_conditions, numbered_source
 from pantarhei.flow.reparameterisation import Variables
 from pantarhei.metrics import ClassifierFeatures
+from pantarhei.recipes.auditing import audit
 from pantarhei.recipes.evaluation import make_reference
 from pantarhei.recipes.optimization import (
     Found,
     Metric,
     Search,
-    audit,
     class_row,
     optimize_condition,
     optimize_noise,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pantarhei.flow.conditions import as_condition
-from pantarhei.flow.grids import Grid
+from pantarhei.flow.grids import Grid, solver_grid
 from pantarhei.flow.jumps import Move, renoised
 from pantarhei.flow.modes import evaluation_mode
 
@@ -71,7 +71,7 @@ def churned_sample(
     flow.require_score()
     churn, path = churn or Churn(), flow.path
     grid = options.pop("grid", "edm")
-    nodes = tuple(flow.nodes(steps, flow.interval, grid))
+    nodes = solver_grid(flow.path, steps, flow.interval, grid)
     if abs(nodes[0] - flow.interval[0]) > 1e-6:
         raise ValueError(f"steps: the grid must begin at the first time, {flow.interval[0]:g}, got {nodes[0]:g}")
     levels = _levels(flow, nodes)
@@ -104,5 +104,4 @@ def _denoised(flow: Flow, x: Tensor, t: float, condition: ConditionLike, options
 
     time = x.new_full((), t, dtype=torch.promote_types(x.dtype, torch.float32))
     guided = Estimates(flow, options.get("guidance", 1.0), options.get("transforms", ()))
-    named = as_condition(condition, flow.null, x.shape[0])
-    return guided.ends(x, time, None if named is None else named.to(x.device)).data
+    return guided.ends(x, time, as_condition(condition, flow.null, x.shape[0], x.device)).data

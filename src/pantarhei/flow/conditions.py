@@ -90,9 +90,12 @@ class Condition(Mapping[str, Tensor]):
 
 
 def as_condition(
-    value: Condition | Mapping[str, Tensor] | Tensor | None, nulls: Mapping[str, Null], rows: int | None = None
+    value: Condition | Mapping[str, Tensor] | Tensor | None,
+    nulls: Mapping[str, Null],
+    rows: int | None = None,
+    device: torch.device | None = None,
 ) -> Condition | None:
-    """Coerce what users pass as `condition=` into a `Condition`.
+    """Coerce what users pass as `condition=` into a `Condition`, on a device where one is given.
 
     A bare tensor stands for the only declared condition (the key of `nulls`, or `label` for integers and `condition`
     for floats where none is declared); a single row is repeated `rows` times.
@@ -115,4 +118,4 @@ def as_condition(
         if condition.rows != 1:
             raise ValueError(f"condition: {rows} rows are needed, one a sample, got {condition.rows}")
         condition = Condition({k: v.expand(rows, *v.shape[1:]) for k, v in condition.items()}, condition.nulls)
-    return condition
+    return condition if device is None else condition.to(device)

@@ -40,7 +40,7 @@ def denoising_steps(flow: Flow, x: Tensor, times: Sequence[float], condition: Co
         )
     if len(times) < 2:
         raise ValueError(f"times: two or more are needed, got {list(times)}")
-    named = as_condition(condition, flow.null, x.shape[0])
+    named = as_condition(condition, flow.null, x.shape[0], x.device)
     dtype = torch.promote_types(x.dtype, torch.float32)
     with evaluation_mode(flow.network):
         for t, end in pairwise(times):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pantarhei.flow.conditions import as_condition
 from pantarhei.flow.estimates import Estimates
+from pantarhei.flow.grids import solver_grid
 from pantarhei.flow.updates import path_step
 from pantarhei.naming import unknown
 
@@ -53,8 +54,7 @@ def carried(
     if final == "state":
         return x
     t = x.new_full((), high, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    named = as_condition(condition, flow.null, x.shape[0])
-    named = None if named is None else named.to(x.device)
+    named = as_condition(condition, flow.null, x.shape[0], x.device)
     guided = Estimates(flow, options.get("guidance", 1.0), options.get("transforms", ()))
     return guided.ends(x, t, named).data
 
@@ -65,6 +65,6 @@ def _without_last_step(flow: Flow, options: Mapping[str, Any]) -> tuple[float, d
     steps = options.get("steps", 50)
     if steps is None:
         raise ValueError("final: 'clean' replaces the last step of a grid; under error control take 'denoise'")
-    steps = flow.nodes(steps, (low, high), options.get("grid", "uniform"), options.get("shift", 1.0))
+    steps = solver_grid(flow.path, steps, (low, high), options.get("grid", "uniform"), options.get("shift", 1.0))
     method = path_step(options.get("method", "auto"), flow.path, high)
     return float(steps[-2]), {**options, "steps": tuple(steps[:-1]), "method": method}

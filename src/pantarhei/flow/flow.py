@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from pantarhei.flow.conditions import Condition, Null, as_condition
 from pantarhei.flow.endings import Final, carried
 from pantarhei.flow.fields import Fields, build_fields
 from pantarhei.flow.gammas import NoLatent
-from pantarhei.flow.grids import Grid, GridName, make_grid
+from pantarhei.flow.grids import Grid, GridName, optional_grid
 from pantarhei.flow.interpolants import INTERPOLANTS, Interpolant, build_interpolant
 from pantarhei.flow.likelihood import Likelihood
 from pantarhei.flow.modes import evaluation_mode
@@ -343,10 +343,9 @@ class Flow(nn.Module):
         low, high = self.interval
         if min(times) < low - 1e-6 or max(times) > high + 1e-6:
             raise ValueError(f"times: must lie in this flow's interval [{low:g}, {high:g}], got {times}")
-        named = as_condition(condition, self.null, x.shape[0])
-        named = None if named is None else named.to(x.device)
+        named = as_condition(condition, self.null, x.shape[0], x.device)
         field, step = self.field(guidance, transforms), path_step(method, self.path, times[-1])
-        nodes = self.nodes(steps, times, grid, shift, step)
+        nodes = optional_grid(step, self.path, steps, times, grid, shift)
         if nodes is not None and (transforms or before_step is not None):
             before_step = field.number_steps(before_step)
         return ode(
@@ -363,38 +362,6 @@ class Flow(nn.Module):
             after_step=after_step,
             observe=observe,
         )
-
-    @overload
-    def nodes(
-        self, steps: int | Grid, times: Sequence[float], grid: Any = ..., shift: float = ..., step: Step | None = ...
-    ) -> Grid: ...
-
-    @overload
-    def nodes(
-        self, steps: None, times: Sequence[float], grid: Any = ..., shift: float = ..., step: Step | None = ...
-    ) -> None: ...
-
-    def nodes(
-        self,
-        steps: int | Grid | None,
-        times: Sequence[float],
-        grid: GridName | Callable[[float], float] = "uniform",
-        shift: float = 1.0,
-        step: Step | None = None,
-    ) -> Grid | None:
-        """The grid of so many steps from the first to the last of some times, either way; a grid, or None, as it is.
-
-        Raises:
-            ValueError: None for a step without error control.
-        """
-        if steps is None and step is not None and not step.adaptive:
-            raise ValueError(f"steps: {step.name} has no error control; give a number of steps")
-        if not isinstance(steps, int):
-            return steps
-        path = self.path.ends if isinstance(self.path, Interpolant) else self.path
-        path = path if isinstance(path, AffinePath) else None
-        nodes = make_grid(steps, (min(times), max(times)), kind=grid, shift=shift, path=path)
-        return nodes if times[-1] > times[0] else nodes[::-1]
 
     @torch.no_grad()
     def sample(

@@ -14,7 +14,7 @@ from pantarhei.flow.conditions import Condition, as_condition
 from pantarhei.flow.endings import Final, carried
 from pantarhei.flow.estimates import Estimates
 from pantarhei.flow.flow import ConditionLike, Flow
-from pantarhei.flow.grids import Grid, GridName
+from pantarhei.flow.grids import Grid, GridName, optional_grid
 from pantarhei.flow.jumps import Jumping
 from pantarhei.flow.modes import evaluation_mode
 from pantarhei.flow.noise_amounts import Epsilon
@@ -151,19 +151,19 @@ class _Carrier:
         self.flow.require_ode()
         options = {**self.options, "condition": self._rows(how["condition"], x)}
         method, transforms = how["method"], how["transforms"]
-        grid = (how["steps"], times, how["grid"], how["shift"])
+        grid = (self.flow.path, how["steps"], times, how["grid"], how["shift"])
         if self.variables is None:
             step = path_step(method, self.flow.path, times[-1])
             if method == "auto" and self.through in RUNGE_KUTTA_WAYS and not isinstance(step, RungeKutta):
                 step = as_step("heun")  # "auto" knows the path here, and these ways do not
-            nodes, field = self.flow.nodes(*grid, step), self.flow.field(how["guidance"], transforms)
+            nodes, field = optional_grid(step, *grid), self.flow.field(how["guidance"], transforms)
             if transforms and nodes is not None:
                 options["before_step"] = field.number_steps(None)
             return differentiable(self._evaluating(field), x, times, method=step, steps=nodes, **options)
         if not isinstance(self.flow.path, AffinePath):
             raise ValueError("variables: another equation is known for affine paths only")
         turned, step = Reparameterisation(self.variables, self.flow.path, self.flow.interval), _free(method)
-        nodes, estimates = self.flow.nodes(*grid, step), Estimates(self.flow, how["guidance"], transforms)
+        nodes, estimates = optional_grid(step, *grid), Estimates(self.flow, how["guidance"], transforms)
         if transforms and nodes is not None:
             options["before_step"] = estimates.field.number_steps(None)
         clocks = turned.grid(times if nodes is None else nodes)
@@ -229,8 +229,7 @@ class _Carrier:
         ).x
 
     def _rows(self, condition: ConditionLike, x: Tensor) -> Condition | None:
-        rows = as_condition(condition, self.flow.null, x.shape[0])
-        return None if rows is None else rows.to(x.device)
+        return as_condition(condition, self.flow.null, x.shape[0], x.device)
 
     def _evaluating(self, field: Any) -> Any:
         """The field with the network in evaluation mode, on the way back, too."""

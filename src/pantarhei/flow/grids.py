@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from pantarhei.flow.paths import AffinePath, Numbered
 from pantarhei.flow.times import shift_time
+from pantarhei.solve.steps import Step
 
 GridName = Literal["uniform", "quadratic", "cosine", "logsnr", "karras", "edm", "reference"]
 Grid = tuple[float, ...]
@@ -82,6 +83,40 @@ def make_grid(
     if any(b <= a for a, b in pairwise(grid)):
         raise ValueError("grid: times must rise strictly")
     return grid
+
+
+def solver_grid(
+    path: Any,
+    steps: int | Grid,
+    times: Sequence[float],
+    kind: GridName | Callable[[float], float] = "uniform",
+    shift: float = 1.0,
+) -> Grid:
+    """The grid of so many steps from the first to the last of some times, either way; a grid as it is.
+
+    Args:
+        path: of the flow: affine, or an interpolant, whose ends are.
+        steps, kind, shift: as of `make_grid`.
+        times: rising or falling.
+    """
+    if not isinstance(steps, int):
+        return tuple(steps)
+    affine = path if isinstance(path, AffinePath) else getattr(path, "ends", None)
+    nodes = make_grid(steps, (min(times), max(times)), kind=kind, shift=shift, path=affine)
+    return nodes if times[-1] > times[0] else nodes[::-1]
+
+
+def optional_grid(step: Step, path: Any, steps: int | Grid | None, *how: Any) -> Grid | None:
+    """That of a step; None, for error control, as it is.
+
+    Raises:
+        ValueError: None for a step without error control.
+    """
+    if steps is not None:
+        return solver_grid(path, steps, *how)
+    if not step.adaptive:
+        raise ValueError(f"steps: {step.name} has no error control; give a number of steps")
+    return None
 
 
 def shift_for(

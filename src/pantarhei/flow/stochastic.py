@@ -18,8 +18,7 @@ from torch import Tensor
 
 from pantarhei.flow.conditions import as_condition
 from pantarhei.flow.estimates import Estimates
-from pantarhei.flow.grids import make_grid
-from pantarhei.flow.interpolants import Interpolant
+from pantarhei.flow.grids import solver_grid
 from pantarhei.flow.noise_amounts import Epsilon
 from pantarhei.naming import unknown
 from pantarhei.solve import Solution, ode, sde
@@ -149,8 +148,7 @@ class Equation:
         self._trained = trained
         if not self.direct:
             flow.require_score()
-        named = as_condition(condition, flow.null, x.shape[0])
-        self.condition = None if named is None else named.to(x.device)
+        self.condition = as_condition(condition, flow.null, x.shape[0], x.device)
         self.estimates = Estimates(flow, guidance, transforms)
 
     def place(self, nodes: Sequence[float], forward: bool, cap: float | None) -> None:
@@ -229,10 +227,8 @@ def _nodes(
         raise ValueError(f"last_step: must be shorter than the interval, with two steps or more, got {last_step}")
     away = 0.0 if last_step is None else last_step
     stop = end - away if end > first else end + away
-    path = flow.path.ends if isinstance(flow.path, Interpolant) else flow.path
     count = steps if last_step is None else steps - 1
-    nodes = list(make_grid(count, (min(first, stop), max(first, stop)), kind=grid, shift=shift, path=path))
-    nodes = nodes if end > first else nodes[::-1]
+    nodes = list(solver_grid(flow.path, count, (first, stop), grid, shift))
     return nodes if last_step is None else [*nodes, end]
 
 

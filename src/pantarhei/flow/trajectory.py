@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pantarhei.flow.affine import AffinePath
 from pantarhei.flow.conditions import Condition, as_condition
 from pantarhei.flow.flow import ConditionLike, Flow
-from pantarhei.flow.grids import Grid, GridName
+from pantarhei.flow.grids import Grid, GridName, solver_grid
 from pantarhei.flow.heads import Head, HeadName, MeanVelocity, OuterVariance, build_head
 from pantarhei.flow.jumps import Move, gamma_moves, renoised
 from pantarhei.flow.modes import evaluation_mode
@@ -200,8 +200,7 @@ class TrajectoryModel(Flow):
         """
         here = self.interval[0] if start is None else start
         self._check(moves, here)
-        named = as_condition(condition, self.null, x.shape[0])
-        named = None if named is None else named.to(x.device)
+        named = as_condition(condition, self.null, x.shape[0], x.device)
         for number, move in enumerate(moves):
             if finish and number + 1 == len(moves):
                 t, s = (
@@ -345,7 +344,7 @@ class TrajectoryModel(Flow):
         if start is not None:
             check_times(self.interval, torch.tensor(start, dtype=torch.float64), "start")
             low = start
-        nodes = tuple(self.nodes(steps, (low, high), grid, shift))
+        nodes = solver_grid(self.path, steps, (low, high), grid, shift)
         if any(abs(a - b) > 1e-6 for a, b in zip((nodes[0], nodes[-1]), (low, high), strict=True)):
             raise ValueError(f"steps: times must lead from {low:g} to {high:g}, got {nodes[0]:g} to {nodes[-1]:g}")
         if gamma != 1.0 and len(nodes) > 2 and not self.head.anywhere:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pantarhei.networks.mmdit import MMDiTConfig
+from pantarhei.networks.mmdit import MMDiT, MMDiTConfig
 
 # Ours, and what diffusers calls it; {} is a number of a block.
 WHOLE = {
@@ -124,8 +124,6 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], where: str, heads: int |
 
 def expected(config: MMDiTConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of all tensors of a network of these sizes, without making it."""
-    from pantarhei.networks.mmdit import MMDiT
-
     with torch.device("meta"):
         return {name: tuple(value.shape) for name, value in MMDiT(config).state_dict().items()}
 

@@ -9,19 +9,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pantarhei.data.seeds import mix
 from pantarhei.flow import Condition, Flow, differentiable_sample, keep_norm
 from pantarhei.flow.conditions import as_condition
 from pantarhei.flow.provenance import TUNED
-from pantarhei.images.pixels import from_uint8, to_uint8
 from pantarhei.networks.embeddings import ClassEmbedding
+from pantarhei.solve.state import wide
 from pantarhei.straighten.students import LowRank, train_low_rank
 
 # Samples as they are decoded, (B, ...), to what is minimised: (B,), or 0-d for all of them together.
 Metric = Callable[[Tensor], Tensor]
 Watch = Callable[[int, float], None]
+OfSome = Callable[[Tensor], Condition | None]  # the conditions of some samples, by their numbers (B,)
 HALF_SCALE = 4096.0
 
 
@@ -121,40 +121,30 @@ def optimize_noise(
     if bound is not None and not bound > 0:
         raise ValueError(f"bound: must be positive, got {bound:g}")
     start = x0.detach()
-    named = _rows(flow, condition, len(x0))
-    value = _wide(start).clone().requires_grad_(True)
+    of_rows = conditions_by_row(flow, condition, len(x0))
+    value = wide(start).clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([value], lr=search.lr, weight_decay=search.weight_decay)
     best, least = value.detach().clone(), torch.full((len(x0),), torch.inf, device=x0.device)
-    losses: list[float] = []
-    before: list[Tensor] = []
-    for iteration in range(search.iterations + 1):
-        last = iteration == search.iterations
-        rows = torch.arange(len(x0), device=x0.device)
-        found = []
-        for part in rows.split(search.batch):
-            samples = _drawn(flow, value[part].to(x0.dtype), part, search, None if named is None else named.index(part))
-            values = _finite(_of(metric, samples, part), len(part))
-            found.append(values.detach())
-            if iteration == 0:
-                before.append(samples.detach())
-            if not last:
-                _leave(flow, search.scale * values.sum(), [value])
-        values = torch.cat(found).to(least.dtype)
+
+    def gradient(last: bool) -> float:
+        x0 = value.to(start.dtype)
+        values = _accumulated(flow, metric, x0, search, of_rows, [value], last=last).to(least.dtype)
         better = values < least
-        best[better], least = value.detach()[better], torch.minimum(values, least)
-        losses.append(float(values.mean()))
-        if watch is not None:
-            watch(iteration, losses[-1])
-        if not last:
-            _step(value, optimizer, search.lr, steps_by)
-            with torch.no_grad():
-                if keep == "norm":
-                    value.copy_(keep_norm(value, start))
-                if bound is not None:  # around the start, which is a tensor of its own
-                    value.copy_(torch.minimum(torch.maximum(value, start - bound), start + bound))
-    best = best.to(x0.dtype)
-    after = _all(flow, best, search, named)
-    return Found(best, torch.cat(before), after, tuple(losses), -1, float(least.mean()))
+        best[better], least[better] = value.detach()[better], values[better]
+        return float(values.mean())
+
+    @torch.no_grad()
+    def step() -> None:
+        _move(value, optimizer, search.lr, steps_by)
+        if keep == "norm":
+            value.copy_(keep_norm(value, start))
+        if bound is not None:  # around the start, which is a tensor of its own
+            value.copy_(torch.minimum(torch.maximum(value, start - bound), start + bound))
+
+    before = drawn(flow, start, search, of_rows)
+    _, losses, _ = _searched(search, gradient, step, lambda: None, watch)
+    best = best.to(start.dtype)
+    return Found(best, before, drawn(flow, best, search, of_rows), losses, -1, float(least.mean()))
 
 
 def optimize_condition(
@@ -198,20 +188,23 @@ def optimize_condition(
     if not start.is_floating_point():
         raise ValueError(f"start: a floating-point row of '{name}' is needed, got {start.dtype}")
     dropped = {**flow.null, **(nulls or {})}
-    value = _wide(start.detach()).clone().requires_grad_(True)
+    value = wide(start.detach()).clone().requires_grad_(True)
     mask = torch.ones_like(start, dtype=torch.bool) if free is None else free.bool().expand_as(start)
     if not bool(mask.any()):
         raise ValueError("free: nothing may change")
     optimizer = torch.optim.AdamW([value], lr=search.lr, weight_decay=search.weight_decay)
 
-    def condition(row: Tensor, rows: int) -> Condition:
-        beside = {key: v.expand(rows, *v.shape) for key, v in (others or {}).items()}
-        return Condition({name: row.to(start.dtype).expand(rows, *row.shape), **beside}, dropped)
+    def condition(row: Tensor, rows: Tensor) -> Condition:
+        beside = {key: v.expand(len(rows), *v.shape) for key, v in (others or {}).items()}
+        return Condition({name: row.to(start.dtype).expand(len(rows), *row.shape), **beside}, dropped)
 
     def gradient(last: bool) -> float:
-        return _accumulated(flow, metric, x0, search, lambda part: condition(value, len(part)), [value], last=last)
+        values = _accumulated(
+            flow, metric, x0, search, lambda rows: condition(value, rows), [value], last=last, mean=True
+        )
+        return float(values.mean())
 
-    before = _all(flow, x0, search, condition(value.detach(), len(x0)))
+    before = drawn(flow, x0, search, lambda rows: condition(start, rows))
 
     def step() -> None:
         assert value.grad is not None
@@ -222,7 +215,7 @@ def optimize_condition(
             value.copy_(torch.where(mask, value, start))  # weight decay, too, leaves the rest alone
 
     best, losses, at = _searched(search, gradient, step, lambda: value.detach().to(start.dtype, copy=True), watch)
-    after = _all(flow, x0, search, condition(best, len(x0)))
+    after = drawn(flow, x0, search, lambda rows: condition(best, rows))
     return Found(best, before, after, losses, at, losses[at])
 
 
@@ -274,106 +267,25 @@ def optimize_weights(
         raise ValueError(f"only: no weight is named like {', '.join(only)}")
     optimizer = torch.optim.AdamW(list(trained.values()), lr=search.lr, weight_decay=search.weight_decay)
     generator = torch.Generator(x0.device).manual_seed(mix(seed, 71))
-    named = _rows(flow, condition, len(x0))
-
+    of_rows = conditions_by_row(flow, condition, len(x0))
     updates = iter(range(search.iterations + 1))
 
     def gradient(last: bool) -> float:
         anew = replace(search, seed=mix(seed, 74, next(updates)))
-        noise = flow.source.draw(tuple(x0.shape), x0.to(tuned.dtype), named, generator)
-        rows: Callable[[Tensor], Condition | None] = lambda part: None if named is None else named.index(part)  # noqa: E731
-        return _accumulated(tuned, metric, noise, anew, rows, list(trained.values()), trained, last=last)
+        rows = of_rows(torch.arange(len(x0), device=x0.device))
+        noise = flow.source.draw(tuple(x0.shape), x0.to(tuned.dtype), rows, generator)
+        unknowns = list(trained.values())
+        values = _accumulated(tuned, metric, noise, anew, of_rows, unknowns, parameters=trained, last=last, mean=True)
+        return float(values.mean())
 
     def step() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    before = _all(flow, x0, search, named)
+    before = drawn(flow, x0, search, of_rows)
     _, losses, _ = _searched(search, gradient, step, lambda: None, watch)
-    after = _all(tuned, x0.to(tuned.dtype), search, named)
+    after = drawn(tuned, x0.to(tuned.dtype), search, of_rows)
     return Found(tuned, before, after, losses, search.iterations, losses[-1])
-
-
-@dataclass(frozen=True)
-class Audit:
-    """How often a classifier is fooled by samples of noise near to where they came from.
-
-    Attributes:
-        found: the search.
-        correct: rows that the classifier had right to begin with; only these count.
-        fooled: rows of these that it has wrong afterwards, on the images as they are saved.
-        rate: share of the correct rows that are fooled.
-        control: the same for random noise within the same bound.
-        distance: root mean square distance of each image from its first, (B,).
-    """
-
-    found: Found
-    correct: Tensor
-    fooled: Tensor
-    rate: float
-    control: float
-    distance: Tensor
-
-
-def audit(
-    flow: Flow,
-    classifier: Callable[[Tensor], Tensor],
-    x0: Tensor,
-    labels: Tensor,
-    *,
-    condition: Any = None,
-    bound: float = 0.1,
-    search: Search = Search(),
-    saved: Callable[[Tensor], Tensor] | None = None,
-    seed: int = 0,
-    watch: Watch | None = None,
-) -> Audit:
-    """Search, within a box of the noise, for samples of a class that a classifier takes for another (2307.10711, section 4).
-
-    Args:
-        flow: whose samples.
-        classifier: decoded samples to logits (B, classes).
-        x0: noises.
-        labels: what the samples are of, (B,).
-        condition: of the samples; the labels by default, where the flow takes them.
-        bound: largest change of any element of the noise.
-        search: steps go along the gradient divided by its norm, of length `lr` each.
-        saved: what becomes of samples that are saved; rounding to 8 bits in [-1, 1] for images by default.
-        seed: of the random control.
-        watch: is told iteration and mean metric.
-
-    Raises:
-        ValueError: none of the samples is classified correctly to begin with.
-    """
-    saved = saved or (rounded if x0.ndim == 4 else (lambda x: x))
-    x0, labels = x0.to(flow.device), labels.to(flow.device)
-    condition = labels if condition is None and flow.conditions == ("label",) else condition
-    named = _rows(flow, condition, len(x0))
-
-    def right(noise: Tensor) -> tuple[Tensor, Tensor]:
-        images = saved(_all(flow, noise, search, named))
-        with torch.no_grad():
-            return classifier(images).argmax(dim=1) == labels, images
-
-    def confidence(x: Tensor, rows: Tensor) -> Tensor:
-        return -F.cross_entropy(classifier(x), labels[rows], reduction="none")
-
-    correct, first = right(x0)
-    if not bool(correct.any()):
-        raise ValueError("classifier: it has none of the samples right to begin with; there is nothing to fool")
-    how: dict[str, Any] = {"keep": "free", "bound": bound, "steps_by": "normalised", "watch": watch}
-    found = optimize_noise(flow, OfRows(confidence), x0, condition=condition, search=search, **how)
-    still, images = right(found.value)
-    generator = torch.Generator(x0.device).manual_seed(mix(seed, 72))
-    moved = (2 * torch.rand(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device) - 1) * bound
-    by_chance, _ = right(x0 + moved)
-    fooled = correct & ~still
-    count = int(correct.sum())
-    distance = (images - first).square().flatten(1).mean(dim=1).sqrt()
-    control = float((correct & ~by_chance).sum()) / count
-    return Audit(
-        replace(found, before=first, after=images), correct, fooled, float(fooled.sum()) / count, control, distance
-    )
 
 
 def class_row(network: nn.Module, label: int | None = None) -> Tensor:
@@ -393,19 +305,10 @@ def class_row(network: nn.Module, label: int | None = None) -> Tensor:
     return rows[label].clone()
 
 
-def rounded(x: Tensor) -> Tensor:
-    """Images in [-1, 1] as 8-bit files keep them."""
-    return from_uint8(to_uint8(x)).to(x.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In single precision at least: what is optimised; small updates vanish below it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _rows(flow: Flow, condition: Any, rows: int) -> Condition | None:
-    named = as_condition(condition, flow.null, rows)
-    return None if named is None else named.to(flow.device)
+def conditions_by_row(flow: Flow, condition: Any, rows: int) -> OfSome:
+    """The conditions of some of so many samples."""
+    named = as_condition(condition, flow.null, rows, flow.device)
+    return lambda some: None if named is None else named.index(some)
 
 
 def _of(metric: Metric, samples: Tensor, rows: Tensor) -> Tensor:
@@ -432,7 +335,7 @@ def _finite(values: Tensor, rows: int) -> Tensor:
     return values if values.ndim else values.expand(rows)
 
 
-def _step(value: Tensor, optimizer: torch.optim.Optimizer, lr: float, by: str) -> None:
+def _move(value: Tensor, optimizer: torch.optim.Optimizer, lr: float, by: str) -> None:
     assert value.grad is not None
     if by == "adamw":
         optimizer.step()
@@ -443,8 +346,7 @@ def _step(value: Tensor, optimizer: torch.optim.Optimizer, lr: float, by: str) -
             way = grad / torch.linalg.vector_norm(grad, dim=dims, keepdim=True).clamp_min(1e-20)
         else:
             way = grad.sign()
-        with torch.no_grad():
-            value.sub_(lr * way)
+        value.sub_(lr * way)
     value.grad = None
 
 
@@ -453,21 +355,25 @@ def _accumulated(
     metric: Metric,
     x0: Tensor,
     search: Search,
-    condition: Callable[[Tensor], Condition | None],
+    of_rows: OfSome,
     unknowns: Sequence[Tensor],
-    parameters: Any = None,
     *,
+    parameters: Any = None,
     last: bool = False,
-) -> float:
-    """The mean metric over all rows, some at a time; its gradient is left with what was optimised, but at the last time."""
-    total = 0.0
-    for part in torch.arange(len(x0), device=x0.device).split(search.batch):
-        samples = _drawn(flow, x0[part], part, search, condition(part), parameters=parameters)
-        share = _finite(_of(metric, samples, part), len(part)).sum() / len(x0)
-        total += float(share.detach())
+    mean: bool = False,
+) -> Tensor:
+    """The metric of all rows (B,), some at a time; the gradient of its sum, or mean, is left with the unknowns.
+
+    At the last time it is not needed.
+    """
+    found = []
+    for rows in torch.arange(len(x0), device=x0.device).split(search.batch):
+        samples = _drawn(flow, x0[rows], rows, search, of_rows(rows), parameters=parameters)
+        values = _finite(_of(metric, samples, rows), len(rows))
+        found.append(values.detach())
         if not last:
-            _leave(flow, search.scale * share, unknowns)
-    return total
+            _leave(flow, search.scale * values.sum() / (len(x0) if mean else 1), unknowns)
+    return torch.cat(found)
 
 
 def _leave(flow: Flow, loss: Tensor, unknowns: Sequence[Tensor]) -> None:
@@ -517,11 +423,7 @@ def _drawn(flow: Flow, x0: Tensor, rows: Tensor, search: Search, condition: Cond
 
 
 @torch.no_grad()
-def _all(flow: Flow, x0: Tensor, search: Search, condition: Condition | None) -> Tensor:
+def drawn(flow: Flow, x0: Tensor, search: Search, of_rows: OfSome) -> Tensor:
+    """Samples by a search's sampler, some at a time, without gradients."""
     parts = torch.arange(len(x0), device=x0.device).split(search.batch)
-    return torch.cat(
-        [
-            _drawn(flow, x0[part], part, search, None if condition is None else condition.index(part), truncate=None)
-            for part in parts
-        ]
-    )
+    return torch.cat([_drawn(flow, x0[rows], rows, search, of_rows(rows), truncate=None) for rows in parts])

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pantarhei.solve.state import wide
+
 
 class Unknowns:
     """Tensors that a field closes over, with a sum of the gradients that reach each.
@@ -56,7 +58,7 @@ class Unknowns:
             given = tuple(torch.ldexp(c, -power) for c in given)
         grads = torch.autograd.grad(ends, (*inputs, *wanted), given, allow_unused=True)
         if power is not None:
-            grads = tuple(None if g is None else torch.ldexp(_wide(g), power) for g in grads)
+            grads = tuple(None if g is None else torch.ldexp(wide(g), power) for g in grads)
         self._add(grads[len(inputs) :])
         return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=False)]
 
@@ -67,7 +69,7 @@ class Unknowns:
             if grad is None:
                 continue
             if before is None:
-                self.sums[i] = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+                self.sums[i] = wide(grad).clone()
             else:
                 sums.append(before)
                 new.append(grad)
@@ -86,10 +88,6 @@ class Unknowns:
                 "gradient: the field depends on none of the tensors that were named; are they the right ones?"
             )
         return [torch.zeros_like(x) if s is None else s.to(x.dtype) for x, s in zip(self.tensors, sums, strict=True)]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _power_of(tensors: Sequence[Tensor]) -> Tensor:

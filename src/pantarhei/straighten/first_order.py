@@ -86,8 +86,7 @@ def first_order(
         raise ValueError(f"steps: at least 50 are needed for a meaningful measure, got {steps}")
     moved = on_path(flow)
     moved.require_field()
-    condition = as_condition(condition, flow.null, x0.shape[0])
-    condition = None if condition is None else condition.to(flow.device)
+    condition = as_condition(condition, flow.null, x0.shape[0], flow.device)
     low, high = moved.interval
     times = [low + (high - low) * i / steps for i in range(steps + 1)]
     weights = torch.full((steps + 1,), (high - low) / steps, dtype=torch.float64)

@@ -63,8 +63,7 @@ def tuned_grid(
         cost = torch.full((count, count), float("inf"), dtype=torch.float64)
         at = [torch.tensor(t, dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device) for t in times]
         coefficients = [(float(flow.path.alpha(t.double())), float(flow.path.sigma(t.double()))) for t in at]
-        named = as_condition(condition, flow.null, len(x0))
-        named = None if named is None else named.to(flow.device)
+        named = as_condition(condition, flow.null, len(x0), flow.device)
         for i in range(count - 1):
             data, noise = Velocity().ends(flow.path, states[i], at[i], field(states[i], at[i], named))
             for j in range(i + 1, count):

@@ -14,10 +14,10 @@ from pantarhei.data.seeds import generator as seeded
 from pantarhei.flow import Flow, FlowMatching, differentiable_sample
 from pantarhei.metrics import ClassifierFeatures, train_classifier
 from pantarhei.networks import UNet, UNetConfig
+from pantarhei.recipes.auditing import audit
 from pantarhei.recipes.data import DataConfig
 from pantarhei.recipes.optimization import (
     Search,
-    audit,
     class_row,
     optimize_condition,
     optimize_noise,
