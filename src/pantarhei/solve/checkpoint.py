@@ -57,7 +57,8 @@ class Checkpoint:
             now = random_state(device)
             self.random = self.random or not same_state(first, now)
             if i >= self.first and (i - self.first) % self.every == 0:
-                kept = _Kept(x, self._remembered(memory, fresh), fresh, now)
+                state = now if self.random else first  # one for all, as long as nothing was drawn
+                kept = _Kept(x, self._remembered(memory, fresh), fresh, state)
                 if self.offload:
                     kept.x, kept.memory = (
                         with_tensors(tree, [t.cpu() for t in tensors_of(tree)]) for tree in (kept.x, kept.memory)
